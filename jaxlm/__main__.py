@@ -1,0 +1,4 @@
+"""python -m jaxlm COMMAND."""
+from jaxlm.cli import main
+
+main()

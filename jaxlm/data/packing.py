@@ -1,0 +1,206 @@
+"""The token cache, and fixed-length windows of it.
+
+A split of the corpus is one stream of tokens, document after document, each [boundary, t1 … tn, boundary]. Window w of
+length L is stream[w·L : w·L + L + 1]: L inputs and their L targets, so that every token is a target exactly once an
+epoch. Documents never see each other: they differ in segment, positions start again, and the one prediction that would
+cross from a document into the next has weight 0.
+
+On disk (`cache`): manifest.json, tokenizer.json, and a split's tokens in parts NAME-00000.bin (uint16 or uint32) with
+the start of each document in NAME-documents.npy (int64). All of it appears at once, or not at all.
+"""
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+
+from jaxlm.config import DataConfig
+from jaxlm.data import sources, tokenizer as tokenizers
+from jaxlm.errors import StorageError, UsageError
+
+SPLITS = ('train', 'heldout')
+PART_TOKENS = 2 ** 28
+HASHED_BYTES = 2 ** 31   # caches up to this are hashed whenever they are opened; of larger ones only the sizes are checked
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """One split, memory-mapped. `starts` are document starts, ending with the number of tokens."""
+  parts: tuple
+  part_starts: np.ndarray
+  starts: np.ndarray
+
+  @property
+  def tokens(self) -> int:
+    return int(self.starts[-1])
+
+  def windows(self, length: int) -> int:
+    """How many windows of `length` there are; the last may be padded."""
+    return max(0, -(-(self.tokens - 1) // length))
+
+  def read(self, start: int, end: int) -> np.ndarray:
+    """tokens[start:end] across parts, int32."""
+    first = int(np.searchsorted(self.part_starts, start, 'right')) - 1
+    out = []
+    while start < end:
+      stop = min(end, int(self.part_starts[first + 1]))
+      offset = int(self.part_starts[first])
+      out.append(self.parts[first][start - offset:stop - offset])
+      start, first = stop, first + 1
+    return np.concatenate(out).astype(np.int32)
+
+  def batch(self, windows_B: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """Windows by index → {tokens, targets, segments, positions: int32 [B, L]; weights: float32 [B, L]}.
+
+    Segment 0 and weight 0 are padding; other segments count a window's documents from 1.
+    """
+    tokens_BM = np.zeros((len(windows_B), length + 1), np.int32)  # M = L + 1
+    for row, window in enumerate(windows_B):
+      start = int(window) * length
+      piece = self.read(start, min(start + length + 1, self.tokens))
+      tokens_BM[row, :len(piece)] = piece
+    at_BM = windows_B[:, None].astype(np.int64) * length + np.arange(length + 1)
+    document_BM = np.searchsorted(self.starts, at_BM, 'right') - 1
+    real_BM = at_BM < self.tokens
+    segments_BM = np.where(real_BM, document_BM - document_BM[:, :1] + 1, 0).astype(np.int32)
+    start_BM = np.maximum(self.starts[np.minimum(document_BM, len(self.starts) - 1)], at_BM[:, :1])
+    positions_BM = np.where(real_BM, at_BM - start_BM, 0).astype(np.int32)
+    same_BL = (segments_BM[:, :-1] == segments_BM[:, 1:]) & real_BM[:, 1:]
+    return {'tokens': tokens_BM[:, :-1], 'targets': tokens_BM[:, 1:], 'segments': segments_BM[:, :-1],
+            'positions': positions_BM[:, :-1], 'weights': same_BL.astype(np.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  manifest: dict
+  tokenizer: tokenizers.Tokenizer
+  streams: dict[str, Stream]
+
+  @property
+  def hash(self) -> str:
+    """Of all that decides batch(step): tokens, documents, tokenizer."""
+    return self.manifest['hash']
+
+
+def build(data: DataConfig, cache: pathlib.Path, say=print) -> None:
+  """Reads the source, makes the tokenizer, and writes the cache. Raises UsageError, StorageError."""
+  folder = cache.with_name(f'{cache.name}.tmp-{os.getpid()}')
+  for old in cache.parent.glob(f'{cache.name}.tmp-*'):  # left by a build that was killed
+    if not _alive(int(old.name.rpartition('-')[2])):
+      shutil.rmtree(old)
+  try:
+    folder.mkdir(parents=True)
+    say(f'data: reading {data.source}, tokenizer {data.tokenizer}')
+    texts = (text for _, text in sources.documents(data.source, data, 'train'))
+    tokenizer = tokenizers.make(data.tokenizer, texts)
+    (folder / 'tokenizer.json').write_text(tokenizer.json, encoding='utf-8')
+    splits = {split: _write_split(data, split, tokenizer, folder, say) for split in SPLITS}
+    if not splits['train']['documents']:
+      raise UsageError(f'data source {data.source}: no training document in it (data.heldout={data.heldout})')
+    manifest = {'source': data.source, 'heldout': data.heldout, 'key': data.key, 'tokenizer': data.tokenizer,
+                'tokenizer_sha256': tokenizer.sha256, 'splits': splits}
+    manifest['hash'] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+    for path in folder.iterdir():
+      _fsync(path)
+    _fsync(folder)
+    folder.rename(cache)
+    _fsync(cache.parent)
+  except OSError as e:
+    raise StorageError(f'data cache {cache}: cannot be written ({e.strerror or e}); free it or set '
+                       '--config.data.cache') from e
+  finally:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    return True
+  return True
+
+
+def _fsync(path: pathlib.Path) -> None:
+  fd = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)
+
+
+def _write_split(data: DataConfig, split: str, tokenizer, folder: pathlib.Path, say) -> dict:
+  """Tokenises a split part by part → its entry in the manifest. Memory: a batch of documents."""
+  dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32)
+  starts, parts, source_hash, size, part = [0], [], hashlib.sha256(), 0, None
+
+  def flush(batch):
+    nonlocal part
+    for ids in tokenizer.encode_batch([text for _, text in batch]):
+      if part is None or part['tokens'] >= PART_TOKENS:
+        part = {'file': f'{split}-{len(parts):05}.bin', 'tokens': 0}
+        parts.append(part)
+      tokens = np.array([tokenizer.boundary, *ids, tokenizer.boundary], dtype)
+      with open(folder / part['file'], 'ab') as f:
+        f.write(tokens.tobytes())
+      part['tokens'] += len(tokens)
+      starts.append(starts[-1] + len(tokens))
+    say(f'data: {split}: {len(starts) - 1:,} documents, {starts[-1]:,} tokens')
+
+  batch, waiting = [], 0
+  for name, text in sources.documents(data.source, data, split):
+    raw = text.encode()
+    size += len(raw)
+    waiting += len(raw)
+    source_hash.update(f'{name}\0{hashlib.sha256(raw).hexdigest()}\n'.encode())
+    batch.append((name, text))
+    if waiting > 2 ** 23:
+      flush(batch)
+      batch, waiting = [], 0
+  if batch:
+    flush(batch)
+  np.save(folder / f'{split}-documents.npy', np.array(starts, np.int64))
+  parts.append({'file': f'{split}-documents.npy', 'tokens': 0})
+  for part in parts:
+    part.update(bytes=(folder / part['file']).stat().st_size, sha256=_sha256(folder / part['file']))
+  return {'documents': len(starts) - 1, 'tokens': starts[-1], 'bytes': size, 'dtype': dtype.name,
+          'source_sha256': source_hash.hexdigest(), 'parts': parts}
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def open_cache(data: DataConfig, cache: pathlib.Path) -> Cache:
+  """The cache, checked against its manifest and the config. UsageError naming the part that is missing or changed."""
+  if not (cache / 'manifest.json').is_file():
+    raise UsageError(f'data cache {cache}: manifest.json is missing; remove the folder to build it again')
+  manifest = json.loads((cache / 'manifest.json').read_text(encoding='utf-8'))
+  for field in ('source', 'heldout', 'key', 'tokenizer'):
+    if manifest[field] != getattr(data, field):
+      raise UsageError(f'data cache {cache}: was built with data.{field}={manifest[field]!r}, the config has '
+                       f'{getattr(data, field)!r}; set --config.data.cache to another folder, or remove this one')
+  parts = [p for split in SPLITS for p in manifest['splits'][split]['parts']]
+  hashed = sum(p['bytes'] for p in parts) <= HASHED_BYTES
+  for part in parts:
+    path = cache / part['file']
+    if not path.is_file():
+      raise UsageError(f'data cache: {path} is missing; remove {cache} to build it again')
+    if path.stat().st_size != part['bytes'] or (hashed and _sha256(path) != part['sha256']):
+      raise UsageError(f'data cache: {path} is not what was written; remove {cache} to build it again')
+  tokenizer = tokenizers.Tokenizer((cache / 'tokenizer.json').read_text(encoding='utf-8'))
+  if tokenizer.sha256 != manifest['tokenizer_sha256']:
+    raise UsageError(f'data cache: {cache / "tokenizer.json"} is not what was written; remove {cache} to build it again')
+  return Cache(manifest, tokenizer, {split: _open_stream(manifest['splits'][split], cache, split) for split in SPLITS})
+
+
+def _open_stream(entry: dict, cache: pathlib.Path, split: str) -> Stream:
+  parts = [p for p in entry['parts'] if p['tokens']]
+  maps = tuple(np.memmap(cache / p['file'], np.dtype(entry['dtype']), 'r') for p in parts)
+  return Stream(maps, np.cumsum([0] + [p['tokens'] for p in parts]), np.load(cache / f'{split}-documents.npy'))

@@ -1,0 +1,104 @@
+"""batch(step): which rows a step trains on, as a pure function of (manifest, seed, step).
+
+Example i of the run is window permute(i mod n) of epoch i div n: seeking takes constant time, an epoch sees each window
+once, each epoch has its own order, and nothing depends on hosts, devices or what was read before. The position in
+the data is one number, the count of examples.
+"""
+import dataclasses
+import hashlib
+import pathlib
+
+import jax
+import numpy as np
+
+from jaxlm import layout
+from jaxlm.config import Config
+from jaxlm.data import packing
+from jaxlm.errors import UsageError
+
+
+def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
+  """A permutation of range(n) that `key` chooses, at `index` (int64 in [0, n)), with no table.
+
+  A balanced Feistel network on the next even number of bits, walked until it falls in range (Black & Rogaway 2002,
+  "Ciphers with arbitrary finite domains"): at most 4 n values, so under four turns a value on average.
+  """
+  half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+  mask = np.uint64((1 << int(half)) - 1)
+  rounds = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=64).digest(), np.uint64)
+
+  def cipher(x):
+    left, right = x >> half, x & mask
+    for k in rounds:
+      mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)
+      mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+      left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+    return (left << half) | right
+
+  out = cipher(np.asarray(index, np.uint64))
+  while (outside := out >= n).any():
+    out[outside] = cipher(out[outside])
+  return out.astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """The training batches of a run."""
+  cache: packing.Cache
+  batch_size: int
+  length: int
+  seed: int
+
+  @property
+  def windows(self) -> int:
+    """Examples in an epoch."""
+    return self.cache.streams['train'].windows(self.length)
+
+  def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+    """Rows [start, stop) of the global batch of `step` (from 0)."""
+    example = step * self.batch_size + np.arange(start, stop, dtype=np.int64)
+    epoch, index = np.divmod(example, self.windows)
+    window = np.empty_like(index)
+    for e in np.unique(epoch):
+      here = epoch == e
+      window[here] = permute(index[here], self.windows, f'{self.seed}/{e}')
+    return self.cache.streams['train'].batch(window, self.length)
+
+  def batch(self, step: int, mesh) -> dict[str, jax.Array]:
+    """The global batch of `step` on the mesh. Each process reads only the rows its devices hold."""
+    return place(lambda start, stop: self.rows(step, start, stop), self.batch_size, mesh)
+
+
+def place(rows, batch_size: int, mesh) -> dict[str, jax.Array]:
+  """rows(start, stop) → dict of arrays [B, L], put on the mesh with B over (data, fsdp)."""
+  sharding = jax.sharding.NamedSharding(mesh, layout.spec('BL'))
+  spans = {d: index[0].indices(batch_size)[:2] for d, index in
+           sharding.addressable_devices_indices_map((batch_size, 1)).items()}
+  low, high = min(s for s, _ in spans.values()), max(e for _, e in spans.values())
+  local = rows(low, high)
+
+  def put(a):
+    shape = (batch_size, *a.shape[1:])
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: a[slice(*(i - low for i in index[0].indices(batch_size)[:2]))])
+  with jax.transfer_guard_host_to_device('allow'):  # the one transfer that the training loop means to make
+    return {name: put(a) for name, a in local.items()}
+
+
+def prepare(config: Config, workdir: pathlib.Path, say=print) -> packing.Cache:
+  """Opens the run's token cache, building it first if it is not there. UsageError if it does not fit the model."""
+  folder = pathlib.Path(config.data.cache) if config.data.cache else workdir / 'data'
+  if not folder.exists():
+    packing.build(config.data, folder, say)
+  cache = packing.open_cache(config.data, folder)
+  if cache.tokenizer.vocab_size > config.model.V:
+    size = cache.tokenizer.vocab_size
+    raise UsageError(f'model.V={config.model.V}: the tokenizer has {size} tokens; set at least {size}')
+  return cache
+
+
+def make(config: Config, cache: packing.Cache) -> Pipeline:
+  pipeline = Pipeline(cache, config.batch, config.length, config.seed)
+  if not pipeline.windows:
+    raise UsageError(f'data source {config.data.source}: too little text for one window of length={config.length}')
+  return pipeline

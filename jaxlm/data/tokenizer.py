@@ -1,0 +1,88 @@
+"""Tokenizers: text ↔ token ids, through the `tokenizers` library, kept as one tokenizer.json text.
+
+    bpe:SIZE        byte-level BPE of SIZE tokens, trained on the run's training documents
+    bytes           a token a byte
+    PATH            a tokenizer.json, as Hugging Face checkpoints carry it
+"""
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterable, Iterator
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jaxlm.errors import UsageError
+
+BOUNDARY = '<|endoftext|>'
+# What opens and closes a document in vocabularies of the field, the first that is there.
+BOUNDARIES = (BOUNDARY, '<|end_of_text|>', '</s>', '<eos>', '[SEP]')
+
+
+class Tokenizer:
+  """Documents are [boundary, t1 … tn, boundary]. A boundary written in a document's own text is plain text."""
+
+  def __init__(self, json_text: str):
+    self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
+    self._tokenizer.encode_special_tokens = True
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    found = [b for b in BOUNDARIES if self._tokenizer.token_to_id(b) is not None]
+    if not found:
+      raise UsageError(f'the tokenizer has none of {" ".join(BOUNDARIES)} to part documents with; add one of them')
+    self.json = json_text
+    self.boundary = self._tokenizer.token_to_id(found[0])
+    self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    return hashlib.sha256(self.json.encode()).hexdigest()
+
+  def encode(self, text: str) -> list[int]:
+    """Token ids of a text, with no boundary."""
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def make(spec: str, texts: Iterator[str], progress=None) -> Tokenizer:
+  """The tokenizer that `spec` names; `texts` is read only to train one. UsageError if it cannot be made."""
+  if spec == 'bytes':
+    return Tokenizer(_byte_level(0, iter(())).to_str())
+  kind, _, size = spec.partition(':')
+  if kind == 'bpe':
+    if not size.isdigit() or int(size) < 257:
+      raise UsageError(f'data.tokenizer={spec!r}: bpe wants a size of at least 257 (256 bytes and a boundary)')
+    return Tokenizer(_byte_level(int(size), texts, progress).to_str())
+  if not pathlib.Path(spec).is_file():
+    raise UsageError(f'data.tokenizer={spec!r}: wants bpe:SIZE, bytes, or the path of a tokenizer.json')
+  return Tokenizer(pathlib.Path(spec).read_text(encoding='utf-8'))
+
+
+def _byte_level(size: int, texts: Iterator[str], progress=None) -> tokenizers.Tokenizer:
+  """Byte-level BPE (Sennrich et al. 2016; GPT-2). With no texts there are no merges: a token a byte."""
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  trainer = trainers.BpeTrainer(vocab_size=max(size, 257), special_tokens=[BOUNDARY], initial_alphabet=alphabet,
+                                show_progress=False)
+  tokenizer.train_from_iterator(_batches(texts, progress), trainer)
+  return tokenizer
+
+
+def _batches(texts: Iterator[str], progress, size: int = 256) -> Iterator[list[str]]:
+  batch = []
+  for text in texts:
+    batch.append(text)
+    if progress:
+      progress(len(text))
+    if len(batch) == size:
+      yield batch
+      batch = []
+  if batch:
+    yield batch

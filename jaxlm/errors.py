@@ -1,0 +1,35 @@
+"""Errors that a person can mend, each with the exit code of the command line.
+
+| code | meaning                                                        |
+|------|----------------------------------------------------------------|
+| 0    | done                                                           |
+| 2    | usage or config                                                |
+| 3    | checkpoints exist and none is good (never a silent step 0)     |
+| 10   | preempted, saved                                               |
+| 13   | storage                                                        |
+"""
+
+
+class JaxlmError(Exception):
+  """One clear line: the key or file, the value, and the mend."""
+  code = 1
+
+
+class UsageError(JaxlmError):
+  """A flag, config key, source or file that cannot be used as given."""
+  code = 2
+
+
+class CheckpointError(JaxlmError):
+  """Checkpoints exist and none can be read."""
+  code = 3
+
+
+class StorageError(JaxlmError):
+  """The workdir or cache cannot be written."""
+  code = 13
+
+
+class Preempted(JaxlmError):
+  """SIGINT or SIGTERM: what there was to save is saved."""
+  code = 10

@@ -1,0 +1,70 @@
+"""A trained model as a Python object: `lm = jaxlm.load(workdir)`."""
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+
+from jaxlm import checkpoint, generate, layout
+from jaxlm.config import Config, MeshConfig
+from jaxlm.data import pipeline
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.metrics import say
+from jaxlm.models import decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+  """Parameters on a mesh, with the tokenizer and config they were trained with."""
+  config: Config
+  tokenizer: Tokenizer
+  params: dict
+  mesh: jax.sharding.Mesh
+  step: int
+
+  def logits(self, tokens_BL) -> np.ndarray:
+    """float32 numpy logits [B, L, V] of token ids [B, L] (int; each row one document's beginning)."""
+    tokens_BL = np.asarray(tokens_BL, np.int32)
+    rows = len(tokens_BL)
+    padded_BL = np.pad(tokens_BL, ((0, -rows % self.rows_multiple), (0, 0)))
+    with jax.set_mesh(self.mesh):
+      batch = pipeline.place(lambda low, high: _one_document(padded_BL[low:high]), len(padded_BL), self.mesh)
+      out_BLV = self._logits(self.params, batch['tokens'], batch['positions'], batch['segments'])
+    return np.asarray(jax.device_get(out_BLV), np.float32)[:rows]
+
+  def generate(self, prompts: list[str], max_length: int = 100, temperature: float = 0.7, seed: int = 0) -> list[str]:
+    """Continuations of the prompts: up to max_length new tokens each; temperature 0 is greedy."""
+    return generate.generate(self, prompts, max_length, temperature, seed)
+
+  @property
+  def rows_multiple(self) -> int:
+    """Batches on this mesh have a multiple of so many rows."""
+    return self.mesh.shape['data'] * self.mesh.shape['fsdp']
+
+  @property
+  def _logits(self):
+    cfg = self.config.model
+    return jax.jit(lambda params, *batch: decoder.logits(cfg, params, *batch))
+
+
+def _one_document(tokens_BL) -> dict:
+  L = tokens_BL.shape[1]
+  return {'tokens': tokens_BL, 'positions': np.broadcast_to(np.arange(L, dtype=np.int32), tokens_BL.shape),
+          'segments': np.ones_like(tokens_BL)}
+
+
+def load(workdir, step: int | None = None, mesh: MeshConfig | None = None) -> LM:
+  """The newest good checkpoint of a workdir (or `step`) on all devices, laid out by `mesh` (the run's own if None).
+
+  Raises UsageError (no such checkpoint; a mesh that does not fit), CheckpointError (none can be read).
+  """
+  made = {}
+
+  def abstract(config: Config):
+    config = dataclasses.replace(config, mesh=mesh or config.mesh, batch=2 ** 20)  # rows are padded to the mesh here
+    made['mesh'] = layout.run_mesh(config)
+    with jax.sharding.use_abstract_mesh(made['mesh'].abstract_mesh):
+      return decoder.abstract_params(config.model), made['mesh']
+
+  step, config, tokenizer, params = checkpoint.load(pathlib.Path(workdir), abstract, step, say)
+  return LM(config, Tokenizer(tokenizer), params, made['mesh'], step)

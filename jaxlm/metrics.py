@@ -1,0 +1,138 @@
+"""What a run reports: sums and counts, divided once on the host → console, metrics.jsonl, TensorBoard events."""
+import json
+import os
+import pathlib
+import sys
+import time
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxlm.config import Config, ModelConfig
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+  """A line for a person, above the progress bar."""
+  console.print(text, markup=False)
+
+
+def flops_per_token(m: ModelConfig, params: int, length: int) -> float:
+  """Model FLOPs of a training step, a token: 6 · (weights in matmuls) + 6 · N · L · H · K.
+
+  Forward is 2 a weight, backward twice that. Attention's scores and mix are 4 · L · H · K a layer forward, of which
+  causality needs half. An embedding that is only looked up is no matmul; recomputation is not counted.
+  """
+  looked_up = m.P * m.D + (0 if m.tied else m.V * m.D)
+  return 6. * (params - looked_up) + 6. * m.N * length * m.H * m.K
+
+
+class Timer:
+  """Where the time to the first step went, from the start of the process."""
+
+  def __init__(self):
+    started = psutil.Process().create_time()
+    self._last = time.time()
+    self.parts = {'import': self._last - started}
+
+  def mark(self, name: str) -> None:
+    now = time.time()
+    self.parts[name] = self.parts.get(name, 0) + now - self._last
+    self._last = now
+
+  def __str__(self):
+    split = ' · '.join(f'{name} {seconds:.1f}' for name, seconds in self.parts.items())
+    return f'first step after {sum(self.parts.values()):.1f} s: {split}'
+
+
+class Log:
+  """Takes the sums of every step; every `log_every` steps, and at the last, writes a line of what they say.
+
+  metrics.jsonl has a line a logged step. After a resume, lines of steps that will be run again are dropped first, so
+  that it reads as one unbroken run.
+  """
+
+  def __init__(self, workdir: pathlib.Path, config: Config, params: int, start: int):
+    self._config = config
+    self._flops = flops_per_token(config.model, params, config.length)
+    self._path = workdir / 'metrics.jsonl'
+    self._keep_until(start)
+    self._file = open(self._path, 'a', encoding='utf-8')
+    self._events, self._workdir = None, workdir
+    self._sums, self._since = {}, time.time()
+    self._progress = self._task = None
+    if console.is_terminal:
+      self._progress = Progress(
+          TextColumn('step'), MofNCompleteColumn(), BarColumn(), TextColumn('loss {task.fields[loss]:.3f}'),
+          TextColumn('{task.fields[speed]:,.0f} tokens/s'), TimeRemainingColumn(), TextColumn('left'), console=console)
+      self._progress.start()
+      self._task = self._progress.add_task('', total=config.steps, completed=start, loss=float('nan'), speed=0.)
+
+  def _keep_until(self, start: int) -> None:
+    if self._path.exists():
+      lines = [l for l in self._path.read_text(encoding='utf-8').splitlines() if _step_of(l) <= start]
+      fresh = self._path.with_suffix('.tmp')
+      fresh.write_text(''.join(l + '\n' for l in lines), encoding='utf-8')
+      os.replace(fresh, self._path)
+
+  def add(self, step: int, sums: dict) -> None:
+    """`sums` of step (counted from 1), on the host: nll and tokens are summed, norms are the last step's."""
+    for name, value in sums.items():
+      adds = name in ('loss', 'nll', 'tokens')
+      self._sums[name] = (self._sums.get(name, 0.) if adds else 0.) + float(value)
+    self._sums['steps'] = self._sums.get('steps', 0) + 1
+    if step % self._config.log_every == 0 or step == self._config.steps:
+      self._flush(step)
+    elif self._progress:
+      self._progress.update(self._task, completed=step)
+
+  def _flush(self, step: int) -> None:
+    sums, seconds = self._sums, time.time() - self._since
+    tokens, c = sums['tokens'], self._config
+    speed = sums['steps'] * c.batch * c.length / seconds
+    self.write(step, {
+        'loss': sums['nll'] / max(tokens, 1), 'objective': sums['loss'] / max(tokens, 1),
+        'tokens': step * c.batch * c.length, 'tokens_per_second': speed, 'step_seconds': seconds / sums['steps'],
+        'model_flops_per_second': speed * self._flops, 'grad_norm': sums['grad_norm'],
+        'param_norm': sums['param_norm'], 'learning_rate': sums['learning_rate']})
+    self._sums, self._since = {}, time.time()
+
+  def write(self, step: int, values: dict) -> None:
+    """A line of metrics.jsonl, TensorBoard scalars, and the console."""
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+    if self._events is None:
+      from tensorboardX import SummaryWriter  # pylint: disable=g-import-not-at-top
+      self._events = SummaryWriter(str(self._workdir / 'tensorboard'), purge_step=step)
+    for name, value in values.items():
+      self._events.add_scalar(name, value, step)
+    if 'loss' in values and self._progress:
+      self._progress.update(self._task, completed=step, loss=values['loss'], speed=values['tokens_per_second'])
+    elif 'loss' in values:
+      left = (self._config.steps - step) * values['step_seconds']
+      say(f'step {step:>6}/{self._config.steps}  loss {values["loss"]:.4f}  '
+          f'{values["tokens_per_second"]:,.0f} tokens/s  {left:,.0f} s left')
+
+  def pause(self) -> None:
+    """Time from here to the next `resume` is not a step's (a save, an evaluation)."""
+    self._paused = time.time()
+
+  def resume(self) -> None:
+    self._since += time.time() - self._paused
+
+  def close(self) -> None:
+    if self._progress:
+      self._progress.stop()
+    if self._events:
+      self._events.close()
+    self._file.close()
+
+
+def _step_of(line: str) -> int:
+  """The step of a line of metrics.jsonl; a line cut short by a kill belongs to no step that counts."""
+  try:
+    return json.loads(line)['step']
+  except ValueError:
+    return sys.maxsize

@@ -1,0 +1,123 @@
+"""The layers that every model shares. A weight is declared once, by the letters of its einsum."""
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxlm import layout
+from jaxlm.config import ModelConfig
+
+
+def use(w, dims: str, dtype):
+  """A master weight as the compute wants it: cast first, so that half the bytes are gathered, then over fsdp."""
+  return jax.sharding.reshard(w.astype(dtype), layout.spec(dims, 'gathered'))
+
+
+def normal(std: float, dims: str):
+  return functools.partial(nn.initializers.normal(std), out_sharding=layout.spec(dims, 'weight'))
+
+
+class Einsum(nn.Module):
+  """`x` times a weight whose letters name its shape and sharding, as 'BLD,DHK->BLHK'; plus a bias if the model has
+  them. Weights that write into the residual stream (`out=True`) start smaller by √(2N) (GPT-2, §2.3)."""
+  eqn: str
+  cfg: ModelConfig
+  out: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    cfg = self.cfg
+    operands, out_dims = self.eqn.split('->')
+    w_dims = operands.split(',')[1]
+    std = cfg.init_std / (2 * cfg.N) ** 0.5 if self.out else cfg.init_std
+    w = self.param('w', normal(std, w_dims), tuple(getattr(cfg, d) for d in w_dims))
+    y = jnp.einsum(self.eqn, x, use(w, w_dims, x.dtype), out_sharding=layout.spec(out_dims))
+    if cfg.bias:
+      b_dims = ''.join(d for d in out_dims if d in w_dims)
+      b = self.param('bias', functools.partial(nn.initializers.zeros, out_sharding=layout.spec(b_dims, 'weight')),
+                     tuple(getattr(cfg, d) for d in b_dims))
+      y += jnp.expand_dims(use(b, b_dims, x.dtype), (0, 1))
+    return y
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) · scale, in float32 (Zhang & Sennrich 2019)."""
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    scale = self.param('scale', nn.initializers.ones, x_BLD.shape[-1:])
+    x32_BLD = x_BLD.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32_BLD * x32_BLD, -1, keepdims=True) + self.cfg.norm_eps)
+    return (x32_BLD * inverse * scale[None, None]).astype(x_BLD.dtype)
+
+
+class LayerNorm(nn.Module):
+  """(x − mean) / std · scale + bias, in float32 (Ba et al. 2016)."""
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    scale = self.param('scale', nn.initializers.ones, x_BLD.shape[-1:])
+    x32_BLD = x_BLD.astype(jnp.float32)
+    x32_BLD -= jnp.mean(x32_BLD, -1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(x32_BLD * x32_BLD, -1, keepdims=True) + self.cfg.norm_eps)
+    y_BLD = x32_BLD * inverse * scale[None, None]
+    if self.cfg.bias:
+      y_BLD += self.param('bias', nn.initializers.zeros, x_BLD.shape[-1:])[None, None]
+    return y_BLD.astype(x_BLD.dtype)
+
+
+NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
+
+
+class SwiGLU(nn.Module):
+  """(silu(x·gate) ⊙ x·up)·down (Shazeer 2020)."""
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    gate_BLF = Einsum('BLD,DF->BLF', self.cfg, name='gate')(x_BLD)
+    up_BLF = Einsum('BLD,DF->BLF', self.cfg, name='up')(x_BLD)
+    return Einsum('BLF,FD->BLD', self.cfg, out=True, name='down')(jax.nn.silu(gate_BLF) * up_BLF)
+
+
+class GELU(nn.Module):
+  """gelu(x·up)·down, gelu by its tanh approximation (Hendrycks & Gimpel 2016; GPT-2)."""
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    up_BLF = Einsum('BLD,DF->BLF', self.cfg, name='up')(x_BLD)
+    return Einsum('BLF,FD->BLD', self.cfg, out=True, name='down')(jax.nn.gelu(up_BLF, approximate=True))
+
+
+MLPS = {'swiglu': SwiGLU, 'gelu': GELU}
+
+
+class Dropout(nn.Module):
+  """Zeroes a share `rate` and scales up the rest; does nothing unless `train` (Srivastava et al. 2014)."""
+  rate: float
+  train: bool
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    if not self.train or self.rate == 0:
+      return x_BLD
+    keep_BLD = jax.random.bernoulli(self.make_rng('dropout'), 1 - self.rate, x_BLD.shape,
+                                    out_sharding=jax.typeof(x_BLD).sharding.spec)
+    return jnp.where(keep_BLD, x_BLD / (1 - self.rate), 0).astype(x_BLD.dtype)
+
+
+def rope(x_BLHK, positions_BL, base: float):
+  """Rotary positions (Su et al. 2021): the pair (k, k + K/2) is turned by position · base^(−2k/K).
+
+  Halves, not neighbours, are paired, as in Hugging Face's Llama; angles are float32.
+  """
+  K = x_BLHK.shape[-1]
+  frequency_K = base ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+  angle_BLK = positions_BL[..., None].astype(jnp.float32) * frequency_K[None, None]
+  cos, sin = (f(angle_BLK)[:, :, None].astype(x_BLHK.dtype) for f in (jnp.cos, jnp.sin))
+  a, b = jnp.split(x_BLHK, 2, -1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)

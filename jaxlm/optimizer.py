@@ -1,0 +1,78 @@
+"""Optimizers and learning-rate schedules. A new one is a function and a line of OPTIMIZERS or SCHEDULES."""
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.config import OptimizerConfig
+
+# Each: (t, T, config) → the share of lr at step t of T, t from 1, both float32; warmup is applied on top.
+SCHEDULES = {
+    'constant': lambda t, T, c: jnp.ones_like(t),
+    'cosine': lambda t, T, c: c.final + (1 - c.final) * (1 + jnp.cos(jnp.pi * _progress(t, c.warmup, T))) / 2,
+    'linear': lambda t, T, c: 1 - (1 - c.final) * _progress(t, c.warmup, T),
+    'wsd': lambda t, T, c: 1 - (1 - c.final) * _progress(t, T - c.decay * T, T),  # Hu et al. 2024 (MiniCPM)
+    'inverse_sqrt': lambda t, T, c: jnp.sqrt(max(c.warmup, 1) / jnp.maximum(t, max(c.warmup, 1))),  # Vaswani 2017
+}
+
+
+def _progress(t, start, end):
+  return jnp.clip((t - start) / max(end - start, 1), 0, 1)
+
+
+def make_schedule(c: OptimizerConfig, steps: int):
+  """count of updates done so far → learning rate of the next one, float32. The first step is not at zero."""
+  def schedule(count):
+    t = jnp.asarray(count + 1, jnp.float32)
+    return c.lr * jnp.minimum(1, t / max(c.warmup, 1)) * SCHEDULES[c.schedule](t, float(steps), c)
+  return schedule
+
+
+def path_of(path) -> str:
+  """A tree path as people write it: layers/attention/q/w."""
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path)
+
+
+def decay_mask(c: OptimizerConfig):
+  """params → True where weight decay applies: every path that c.no_decay does not match."""
+  return lambda params: jax.tree_util.tree_map_with_path(lambda p, _: not re.search(c.no_decay, path_of(p)), params)
+
+
+def _adamw(c: OptimizerConfig, schedule):
+  return optax.adamw(schedule, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decay_mask(c))
+
+
+def _muon(c: OptimizerConfig, schedule):
+  return _auto(optax.contrib.muon(
+      schedule, eps=c.eps, weight_decay=c.weight_decay, adam_b1=c.b1, adam_b2=c.b2, consistent_rms=0.2,
+      weight_decay_mask=decay_mask(c), muon_weight_dimension_numbers=_matrices))
+
+
+OPTIMIZERS = {'adamw': _adamw, 'muon': _muon}
+
+
+def _matrices(params):
+  """Which axes of each stacked weight [N, in…, out…] make its matrix; None for what Adam updates."""
+  def axes(path, w):
+    name = path_of(path)
+    if not re.match(r'layers/.*/w$', name):
+      return None
+    split = w.ndim - 1 if name.endswith('/o/w') else 2  # o is [N, H, K, D]; all others [N, in, out…]
+    return optax.contrib.MuonDimensionNumbers(tuple(range(1, split)), tuple(range(split, w.ndim)))
+  return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _auto(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """tx for a transformation whose own code knows no Explicit mesh: XLA chooses the shardings inside of its update."""
+  def update(grads, state, params):
+    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (grads, state))
+    return jax.sharding.auto_axes(tx.update, out_sharding=specs)(grads, state, params)
+  return optax.GradientTransformation(tx.init, update)
+
+
+def make_optimizer(c: OptimizerConfig, steps: int):
+  """(tx, schedule): clip by the global norm, then the optimizer, over `steps` updates."""
+  schedule = make_schedule(c, steps)
+  tx = OPTIMIZERS[c.name](c, schedule)
+  return (optax.chain(optax.clip_by_global_norm(c.clip), tx) if c.clip else tx), schedule

@@ -1,0 +1,59 @@
+"""What commands show a person: tables, samples, a bar for long work, the machine."""
+import contextlib
+import importlib.metadata
+import platform
+
+from rich import box
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jaxlm.metrics import console, say
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int):
+  """Yields tick(amount); a bar on a terminal, nothing elsewhere."""
+  with Progress(TextColumn(what), BarColumn(), TimeRemainingColumn(), console=console,
+                disable=not console.is_terminal) as bar:
+    task = bar.add_task('', total=total)
+    yield lambda amount: bar.advance(task, amount)
+
+
+def print_eval(described: str, result: dict) -> None:
+  """The evaluation, beside the baselines if there are any."""
+  say(f'{described}: {result["documents"]:,} documents, {result["bytes"]:,} bytes, {result["tokens"]:,} tokens; '
+      f'step {result["step"]}, context {result["context"]}, stride {result["stride"]}')
+  table = Table(box=box.SIMPLE)
+  for column in ('', 'bits/byte', 'nats/token', 'perplexity'):
+    table.add_column(column, justify='left' if not column else 'right')
+  show = lambda value: '–' if value is None else f'{value:.4f}'
+  ours = result['bits_per_byte']
+  rows = [('this model', ours, show(result['nll_per_token']), show(result['perplexity']))]
+  for key, name in (('gzip', 'gzip -9'), ('xz', 'xz -9'), ('fivegram', 'byte 5-gram')):
+    if (value := result.get(f'{key}_bits_per_byte')) is not None:
+      rows.append((name, value, '', ''))
+  for name, bits, nats, perplexity in sorted(rows, key=lambda r: (r[1] is None, r[1])):
+    table.add_row(name, show(bits), nats, perplexity, style='bold' if name == 'this model' else None)
+  console.print(table)
+
+
+def print_sample(prompt: str, text: str) -> None:
+  console.print(f'[bold]{_escape(prompt)}[/bold]{_escape(text)}', markup=True)
+
+
+def _escape(text: str) -> str:
+  return text.replace('[', r'\[')
+
+
+def doctor() -> None:
+  """Versions that must fit together, and the devices that jax sees."""
+  import jax  # pylint: disable=g-import-not-at-top
+  say(f'python {platform.python_version()} on {platform.platform()}')
+  for name in ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'tensorflow-datasets',
+               'libtpu', 'jax-cuda12-plugin'):
+    try:
+      version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      version = 'not installed'
+    say(f'{name:<22}{version}')
+  say(f'{jax.device_count()} devices, {jax.process_count()} processes: {jax.devices()[0].device_kind}')
