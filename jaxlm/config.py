@@ -170,8 +170,8 @@ def from_flat(values: dict) -> Config:
 def nearest(key: str) -> str:
   """'; did you mean …?' with the known keys most like `key`, or all of its section."""
   leaf = key.split('.')[-1]
-  near = difflib.get_close_matches(key, _DEFAULTS, n=3, cutoff=0.75)
-  near += [k for k in _DEFAULTS if k.split('.')[-1].lower() == leaf.lower() and k not in near]
+  near = [k for k in _DEFAULTS if k.split('.')[-1].lower() == leaf.lower()]
+  near = near or difflib.get_close_matches(key, _DEFAULTS, n=3, cutoff=0.75)
   if not near:
     leaves = difflib.get_close_matches(leaf, [k.split('.')[-1] for k in _DEFAULTS], n=2, cutoff=0.6)
     near = [k for k in _DEFAULTS if k.split('.')[-1] in leaves]

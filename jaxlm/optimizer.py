@@ -65,10 +65,15 @@ def _matrices(params):
 
 def _auto(tx: optax.GradientTransformation) -> optax.GradientTransformation:
   """tx for a transformation whose own code knows no Explicit mesh: XLA chooses the shardings inside of its update."""
+  spec = lambda a: jax.typeof(a).sharding.spec
+
+  def init(params):  # constants in the state get the spec that they will have after an update, so that nothing recompiles
+    return jax.tree.map(lambda a: jax.sharding.reshard(a, spec(a)), tx.init(params))
+
   def update(grads, state, params):
-    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (grads, state))
-    return jax.sharding.auto_axes(tx.update, out_sharding=specs)(grads, state, params)
-  return optax.GradientTransformation(tx.init, update)
+    out = jax.tree.map(spec, (grads, state))
+    return jax.sharding.auto_axes(tx.update, out_sharding=out)(grads, state, params)
+  return optax.GradientTransformation(init, update)
 
 
 def make_optimizer(c: OptimizerConfig, steps: int):

@@ -1,0 +1,35 @@
+"""One process, eight CPU devices, one compile cache; implicit broadcasting of ranks is an error."""
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.jax_cache'))  # child processes use it too
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['HF_HUB_OFFLINE'] = '1'
+
+import jax  # noqa: E402  pylint: disable=wrong-import-position
+import pytest  # noqa: E402  pylint: disable=wrong-import-position
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+os.chdir(ROOT)
+
+
+@pytest.fixture
+def one_device():
+  """A 1×1×1 mesh, entered."""
+  from tests.common import mesh_of
+  with jax.set_mesh(mesh_of(1, 1, 1)):
+    yield
+
+
+@pytest.fixture(scope='session')
+def texts(tmp_path_factory):
+  """A folder of 60 small, different documents, 100 to 2,000 bytes each, some not ASCII."""
+  folder = tmp_path_factory.mktemp('texts')
+  words = 'der die das λόγος naïve return def class import self None True for in while range print(x) 0 1 2'.split()
+  for i in range(60):
+    body = ' '.join(words[(i * 7 + j * j + j * i) % len(words)] for j in range(20 + 7 * (i % 40)))
+    (folder / f'{i:02}.txt').write_text(f'document {i}\n{body}\n', encoding='utf-8')
+  return folder

@@ -1,0 +1,33 @@
+"""The sharding tables and the mesh."""
+import jax
+import pytest
+from jax import P
+from jax.sharding import AxisType
+
+from jaxlm import layout
+from jaxlm.config import MeshConfig
+from jaxlm.errors import UsageError
+
+
+def test_specs_follow_from_letters():
+  assert layout.spec('BLD') == P(('data', 'fsdp'), None, None)
+  assert layout.spec('BLHK') == P(('data', 'fsdp'), None, 'tensor', None)
+  assert layout.spec('DHK', 'weight') == P('fsdp', 'tensor', None)
+  assert layout.spec('DHK', 'gathered') == P(None, 'tensor', None)
+
+
+def test_an_axis_cannot_cut_two_dimensions():
+  with pytest.raises(ValueError, match='twice'):
+    layout.spec('BLHF')
+
+
+def test_minus_one_fills_and_axes_are_explicit():
+  mesh = layout.make_mesh(MeshConfig(2, -1, 2))
+  assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
+  assert set(mesh.axis_types) == {AxisType.Explicit}
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (3, -1, 1), (1, 16, 1), (2, 2, 1)])
+def test_a_mesh_that_leaves_devices_idle_is_refused(sizes):
+  with pytest.raises(UsageError, match='8 devices'):
+    layout.make_mesh(MeshConfig(*sizes), jax.devices())

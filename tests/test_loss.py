@@ -1,0 +1,85 @@
+"""Chunked cross entropy against the plain one, and what it must never hold."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import layout, loss
+from tests import common
+
+B, L, D, V = 8, 16, 8, 24
+
+
+def arrays():
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((B, L, D), np.float32)
+  w = rng.standard_normal((V, D), np.float32)
+  targets = rng.integers(0, V, (B, L), dtype=np.int32)
+  weights = rng.integers(0, 2, (B, L)).astype(np.float32) * rng.random((B, L), np.float32)
+  put = lambda a, dims, kind='act': jax.device_put(a, layout.spec(dims, kind))
+  return put(x, 'BLD'), put(w, 'VD', 'weight'), put(targets, 'BL'), put(weights, 'BL')
+
+
+def plain(z, x, w, targets, weights):
+  logits = x.astype(np.float64) @ w.astype(np.float64).T
+  log_z = np.log(np.exp(logits).sum(-1))
+  nll = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+  return ((nll + z * log_z ** 2) * weights).sum(), (nll * weights).sum()
+
+
+def plain_jax(z, x, w, targets, weights):
+  logits = jnp.einsum('BLD,VD->BLV', x, w)
+  log_z = jax.nn.logsumexp(logits, -1)
+  nll = log_z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+  return jnp.sum((nll + z * log_z ** 2) * weights)
+
+
+@pytest.mark.parametrize('mesh_sizes', [(1, 1, 1), (1, 4, 2), (2, 2, 2)])
+@pytest.mark.parametrize('chunks, unroll', [(1, False), (4, False), (4, True), (16, False)])
+def test_value_and_gradient_equal_the_plain_loss(mesh_sizes, chunks, unroll):
+  with jax.set_mesh(common.mesh_of(*mesh_sizes)):
+    args = arrays()
+    f = jax.jit(functools.partial(loss.cross_entropy, chunks, unroll, 1e-2))
+    host = [np.asarray(a) for a in jax.device_get(args)]
+    np.testing.assert_allclose(f(*args), plain(1e-2, *host), rtol=2e-6)
+    got = jax.jit(jax.grad(lambda x, w: 3 * f(x, w, *args[2:])[0], (0, 1)))(*args[:2])
+    assert jax.typeof(got[1]).sharding.spec == jax.typeof(args[1]).sharding.spec
+    got = jax.device_get(got)
+  expected = jax.grad(lambda x, w: 3 * plain_jax(1e-2, x, w, *host[2:]), (0, 1))(*host[:2])
+  common.assert_trees_close(got, expected, rtol=2e-4, atol=2e-5)
+
+
+def shapes(jaxpr):
+  """Of every array anywhere in a jaxpr."""
+  for eqn in jaxpr.eqns:
+    for v in [*eqn.invars, *eqn.outvars]:
+      yield getattr(v.aval, 'shape', ())
+    for sub in _inner(eqn.params):
+      yield from shapes(sub)
+
+
+def _inner(params):
+  for value in params.values():
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+      if hasattr(item, 'jaxpr'):
+        yield item.jaxpr
+      elif hasattr(item, 'eqns'):
+        yield item
+
+
+def test_all_logits_never_exist_at_once(one_device):
+  """Forward and backward hold at most a chunk of [B, L, V]; with one chunk the same search does find it whole."""
+  args = arrays()
+  for chunks, whole in ((4, False), (1, True)):
+    f = jax.grad(lambda x, w: loss.cross_entropy(chunks, False, 0., x, w, *args[2:])[0], (0, 1))
+    sizes = [int(np.prod(s)) for s in shapes(jax.make_jaxpr(f)(*args[:2]).jaxpr)]
+    assert (max(sizes) >= B * L * V) == whole
+
+
+def test_per_token_nll_sums_to_the_loss(one_device):
+  x, w, targets, weights = arrays()
+  nll_BL = jax.jit(functools.partial(loss.per_token_nll, 4, False))(x, w, targets)
+  np.testing.assert_allclose(jnp.sum(nll_BL * weights), loss.cross_entropy(4, False, 0., x, w, targets, weights)[1],
+                             rtol=1e-6)

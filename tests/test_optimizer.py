@@ -1,0 +1,86 @@
+"""Schedules by their closed forms, AdamW by torch's, Muon by its defining property."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxlm import optimizer
+from jaxlm.config import OptimizerConfig
+from jaxlm.models import decoder
+from tests import common
+
+T, W, LR = 100, 10, 2.
+
+
+def curve(**changes):
+  c = OptimizerConfig(**{'lr': LR, 'warmup': W, 'final': 0.1, 'decay': 0.25, **changes})
+  schedule = optimizer.make_schedule(c, T)
+  return np.array([schedule(jnp.int32(n)) for n in range(T)])
+
+
+@pytest.mark.parametrize('name', sorted(optimizer.SCHEDULES))
+def test_warmup_is_linear_and_never_zero(name):
+  np.testing.assert_allclose(curve(schedule=name)[:W], LR * np.arange(1, W + 1) / W, rtol=1e-5)
+
+
+def test_shapes_after_warmup():
+  t = np.arange(W + 1, T + 1)
+  progress = (t - W) / (T - W)
+  expected = {
+      'constant': np.full(len(t), LR), 'linear': LR * (1 - 0.9 * progress),
+      'cosine': LR * (0.1 + 0.9 * (1 + np.cos(np.pi * progress)) / 2), 'inverse_sqrt': LR * np.sqrt(W / t),
+      'wsd': LR * np.where(t <= 75, 1, 1 - 0.9 * (t - 75) / 25)}
+  assert set(expected) == set(optimizer.SCHEDULES)
+  for name, values in expected.items():
+    np.testing.assert_allclose(curve(schedule=name)[W:], values, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+def test_every_path_has_a_decay_decision(one_device, family):
+  params = decoder.abstract_params(common.model(family, tied=False))
+  mask = optimizer.decay_mask(OptimizerConfig())(params)
+  flat = {optimizer.path_of(p): m for p, m in jax.tree_util.tree_leaves_with_path(mask)}
+  assert len(flat) == len(jax.tree.leaves(params))
+  for path, decays in flat.items():
+    assert decays == (path.split('/')[-1] in ('w', 'embed', 'unembed', 'positions')), path
+
+
+def test_adamw_equals_torch(one_device):
+  """Clip, moments, bias correction, decoupled decay and the schedule, over five steps."""
+  rng = np.random.default_rng(0)
+  start = {'w': rng.standard_normal((4, 5), np.float32), 'bias': rng.standard_normal(5).astype(np.float32)}
+  grads = [{k: 3 * rng.standard_normal(v.shape).astype(np.float32) for k, v in start.items()} for _ in range(5)]
+  c = OptimizerConfig(lr=0.1, schedule='linear', warmup=2, weight_decay=0.3, clip=1.)
+  tx, schedule = optimizer.make_optimizer(c, 5)
+  params, state = jax.tree.map(jnp.asarray, start), tx.init(start)
+  peers = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
+  adam = torch.optim.AdamW([{'params': [peers['w']], 'weight_decay': 0.3}, {'params': [peers['bias']], 'weight_decay': 0.}],
+                           betas=(c.b1, c.b2), eps=c.eps)
+  for n, g in enumerate(grads):
+    updates, state = tx.update(jax.tree.map(jnp.asarray, g), state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+    for k, p in peers.items():
+      p.grad = torch.tensor(g[k])
+    torch.nn.utils.clip_grad_norm_(list(peers.values()), 1.)
+    for group in adam.param_groups:
+      group['lr'] = float(schedule(jnp.int32(n)))
+    adam.step()
+  for k, p in peers.items():
+    np.testing.assert_allclose(params[k], p.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_muon_orthogonalises_each_layers_matrices(one_device):
+  """With no momentum yet, the update of a matrix is −lr · 0.2 √max(in, out) · U Vᵀ: its singular values are near equal."""
+  cfg = common.model('llama')
+  params = jax.jit(lambda key: decoder.init_params(cfg, key))(jax.random.key(0))
+  c = OptimizerConfig(name='muon', lr=1., warmup=0, schedule='constant', weight_decay=0., clip=0.)
+  tx, _ = optimizer.make_optimizer(c, 10)
+  grads = common.perturbed(params, seed=1)
+  updates, _ = jax.jit(tx.update)(common.put_params(grads, params), tx.init(params), params)
+  for name, matrix in (('q', (cfg.D, cfg.H * cfg.K)), ('o', (cfg.H * cfg.K, cfg.D)), ('k', (cfg.D, cfg.G * cfg.K))):
+    stacked = np.asarray(updates['layers']['attention'][name]['w']).reshape(cfg.N, *matrix)
+    singular = np.linalg.svd(stacked, compute_uv=False) / (0.2 * max(matrix) ** 0.5)
+    assert 0.6 < np.quantile(singular, 0.05) and singular.max() < 1.4, (name, singular)  # a tiny one may lag behind
+  assert np.linalg.svd(np.asarray(grads['layers']['attention']['q']['w']).reshape(cfg.N, cfg.D, -1),
+                       compute_uv=False).std() > 0.1  # the gradients were not so to begin with

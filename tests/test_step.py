@@ -1,0 +1,60 @@
+"""The train step: accumulation, dropout, and updates that are not finite."""
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.optimizer import make_optimizer
+from jaxlm.step import init_state, make_step
+from tests import common
+
+
+def one_step(c, batch=None, steps=1):
+  tx, schedule = make_optimizer(c.optimizer, c.steps)
+  state = jax.jit(lambda key: init_state(c, tx, key))(jax.random.key(0))
+  step = jax.jit(make_step(c, tx, schedule))
+  batch = common.put(batch if batch is not None else common.batch(c))
+  for _ in range(steps):
+    state, sums = step(state, batch)
+  return state, sums
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (1, 2, 1)])
+def test_four_microbatches_equal_one(sizes):
+  """Rows hold different numbers of tokens that count, so a mean of means would differ."""
+  with jax.set_mesh(common.mesh_of(*sizes)):
+    c1, c4 = common.config(), common.config(microbatches=4)
+    weights = common.batch(c1)['weights'].sum(1)
+    assert len(set(weights)) > 2
+    (state1, sums1), (state4, sums4) = one_step(c1), one_step(c4)
+    assert float(sums1['tokens']) == float(sums4['tokens']) == weights.sum()
+    for name in ('nll', 'grad_norm'):
+      np.testing.assert_allclose(sums4[name], sums1[name], rtol=1e-6)
+    common.assert_trees_close(state4['params'], state1['params'], atol=2e-5)
+
+
+def test_dropout_differs_by_step_and_not_by_run(one_device):
+  c = common.config('gpt2', **{'model.dropout': 0.3, 'optimizer.lr': 1e-9, 'optimizer.weight_decay': 0.})
+  nll = [float(one_step(c, steps=n)[1]['nll']) for n in (1, 1, 2)]
+  assert nll[0] == nll[1]
+  assert abs(nll[2] - nll[0]) > 1e-3  # the parameters hardly moved: what changed is what was dropped
+
+
+def test_dropout_keeps_the_expected_value(one_device):
+  from jaxlm.models.layers import Dropout
+  x = np.ones((1, 200, 200), np.float32)
+  y = np.asarray(Dropout(0.25, True).apply({}, common.put(x), rngs={'dropout': jax.random.key(0)}))
+  assert set(np.unique(y)) == {0., np.float32(1 / 0.75)}
+  assert abs((y == 0).mean() - 0.25) < 0.01 and abs(y.mean() - 1) < 0.01
+  np.testing.assert_array_equal(Dropout(0.25, False).apply({}, common.put(x)), x)
+
+
+def test_an_update_that_is_not_finite_is_not_applied(one_device):
+  c = common.config()
+  tx, schedule = make_optimizer(c.optimizer, c.steps)
+  state = jax.jit(lambda key: init_state(c, tx, key))(jax.random.key(0))
+  state['params']['norm']['scale'] = state['params']['norm']['scale'].at[0].set(np.inf)
+  new, sums = jax.jit(make_step(c, tx, schedule))(state, common.put(common.batch(c)))
+  assert float(sums['finite']) == 0
+  common.assert_trees_equal(new, state)
+  _, sums = one_step(c)
+  assert float(sums['finite']) == 1
