@@ -16,9 +16,10 @@ $(VENV)/installed-test: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# FLAGS and EVAL_FLAGS from the command line or the environment go to train and to eval.
 quickstart: $(INSTALLED)
-	$(BIN)/jaxlm train --config=configs/quickstart.py --workdir=runs/quickstart
-	$(BIN)/jaxlm eval --workdir=runs/quickstart --baselines --json=runs/quickstart/eval.json
+	$(BIN)/jaxlm train --config=configs/quickstart.py --workdir=runs/quickstart $(FLAGS)
+	$(BIN)/jaxlm eval --workdir=runs/quickstart --baselines --json=runs/quickstart/eval.json $(EVAL_FLAGS)
 	$(BIN)/jaxlm generate --workdir=runs/quickstart --prompt='def read_config(path):' --max_length=80
 
 test: $(VENV)/installed-test

@@ -12,10 +12,11 @@ import json
 import pathlib
 import sys
 
-from absl import flags
+from absl import flags, logging
 
 from jaxlm import config as configs
 from jaxlm.errors import JaxlmError, UsageError
+from jaxlm.signals import Signals
 
 
 def _flag_values(command: str) -> flags.FlagValues:
@@ -72,8 +73,9 @@ def _parse(command: str, argv: list[str]):
 
 def _train(f, overrides):
   config = configs.load(f.config, overrides)
-  from jaxlm import train  # pylint: disable=g-import-not-at-top  # jax is imported once the config is good
-  train.train(config, pathlib.Path(f.workdir))
+  with Signals():  # so that a signal while jax is imported is no traceback either
+    from jaxlm import train  # pylint: disable=g-import-not-at-top  # jax is imported once the config is good
+    train.train(config, pathlib.Path(f.workdir))
 
 
 def _load(f):
@@ -153,8 +155,12 @@ def run(argv: list[str]) -> None:
 
 def main() -> None:
   """Runs the command line and exits with the code of errors.py."""
+  logging.set_verbosity(logging.FATAL)  # what Orbax logs of an error is in the exception too
   try:
     run(sys.argv[1:])
   except JaxlmError as e:
     print(f'jaxlm: {e}', file=sys.stderr)
     sys.exit(e.code)
+  except KeyboardInterrupt:
+    print('jaxlm: interrupted', file=sys.stderr)
+    sys.exit(130)

@@ -13,6 +13,9 @@ from jaxlm.metrics import say
 from jaxlm.models import decoder
 
 
+_logits = jax.jit(decoder.logits, static_argnums=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class LM:
   """Parameters on a mesh, with the tokenizer and config they were trained with."""
@@ -29,7 +32,7 @@ class LM:
     padded_BL = np.pad(tokens_BL, ((0, -rows % self.rows_multiple), (0, 0)))
     with jax.set_mesh(self.mesh):
       batch = pipeline.place(lambda low, high: _one_document(padded_BL[low:high]), len(padded_BL), self.mesh)
-      out_BLV = self._logits(self.params, batch['tokens'], batch['positions'], batch['segments'])
+      out_BLV = _logits(self.config.model, self.params, batch['tokens'], batch['positions'], batch['segments'])
     return np.asarray(jax.device_get(out_BLV), np.float32)[:rows]
 
   def generate(self, prompts: list[str], max_length: int = 100, temperature: float = 0.7, seed: int = 0) -> list[str]:
@@ -40,11 +43,6 @@ class LM:
   def rows_multiple(self) -> int:
     """Batches on this mesh have a multiple of so many rows."""
     return self.mesh.shape['data'] * self.mesh.shape['fsdp']
-
-  @property
-  def _logits(self):
-    cfg = self.config.model
-    return jax.jit(lambda params, *batch: decoder.logits(cfg, params, *batch))
 
 
 def _one_document(tokens_BL) -> dict:

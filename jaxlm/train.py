@@ -2,7 +2,6 @@
 import concurrent.futures
 import os
 import pathlib
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +13,8 @@ from jaxlm.data import pipeline as pipelines
 from jaxlm.errors import JaxlmError, Preempted, StorageError
 from jaxlm.metrics import say
 from jaxlm.optimizer import make_optimizer
+from jaxlm.signals import Signals
 from jaxlm.step import abstract_state, init_state, make_step
-
-
-class Signals:
-  """SIGINT and SIGTERM: before the loop they end the command at once, in it they ask it to save and stop."""
-
-  def __init__(self):
-    self.received = None
-    self.in_loop = False
-    self._old = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
-
-  def _receive(self, number, frame):
-    del frame
-    self.received = signal.Signals(number).name
-    if not self.in_loop:
-      raise Preempted(f'{self.received} before the first step: nothing to save; the same command starts again')
-
-  def restore(self):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
 
 
 def use_compile_cache(folder: pathlib.Path) -> None:
@@ -58,15 +39,12 @@ def _prepare_workdir(workdir: pathlib.Path) -> None:
 def train(config: Config, workdir: pathlib.Path) -> None:
   """Trains to config.steps. Raises Preempted (saved), UsageError, CheckpointError, StorageError."""
   timer = metrics.Timer()
-  signals = Signals()
-  try:
+  with Signals() as signals:
     _prepare_workdir(workdir)
     say(f'{workdir}: {config.steps} steps of {config.batch} × {config.length} tokens\n{configs.summary(config)}')
     mesh = layout.run_mesh(config)
     with jax.set_mesh(mesh):
       _train(config, workdir, mesh, timer, signals)
-  finally:
-    signals.restore()
 
 
 def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals) -> None:
