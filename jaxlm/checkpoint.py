@@ -7,6 +7,7 @@
 A step becomes visible by one rename at the end of its save, so a kill at any moment leaves only whole steps (and
 temporary folders, removed at the next start).
 """
+import importlib.metadata
 import json
 import pathlib
 import shutil
@@ -34,7 +35,7 @@ def steps(workdir: pathlib.Path) -> list[int]:
 
 def run_meta(config: Config, cache, step: int) -> dict:
   """What travels beside the state."""
-  versions = {name: __import__(name).__version__ for name in ('jax', 'flax', 'optax')}
+  versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')}
   return {'config': json.loads(configs.to_json(config)), 'examples': step * config.batch, 'data_hash': cache.hash,
           'tokenizer': cache.tokenizer.json, 'versions': versions}
 
@@ -52,7 +53,7 @@ class Checkpoints:
         options=ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else options.keep, keep_period=options.keep_every or None,
             read_only=read_only, create=not read_only, cleanup_tmp_directories=not read_only,
-            step_prefix=None, enable_async_checkpointing=True))
+            enable_async_checkpointing=True))
 
   def save(self, step: int, state, meta: dict) -> None:
     """Starts a save; returns once the state is copied to the host. Raises StorageError for an earlier save's error."""

@@ -16,6 +16,7 @@ from absl import flags, logging
 
 from jaxlm import config as configs
 from jaxlm.errors import JaxlmError, UsageError
+from jaxlm.hugepages import restart_with_huge_pages
 from jaxlm.signals import Signals
 
 
@@ -86,7 +87,7 @@ def _load(f):
     if len(parts) != 3 or not all(p.lstrip('-').isdigit() for p in parts):
       raise UsageError(f'--mesh={f.mesh}: wants three counts DATA,FSDP,TENSOR, as 1,-1,1')
     mesh = configs.MeshConfig(*map(int, parts))
-  if f.step is None and not pathlib.Path(f.workdir).is_dir():
+  if not pathlib.Path(f.workdir).is_dir():
     raise UsageError(f'--workdir={f.workdir}: no such folder')
   return lm.load(f.workdir, f.step, mesh)
 
@@ -155,6 +156,7 @@ def run(argv: list[str]) -> None:
 
 def main() -> None:
   """Runs the command line and exits with the code of errors.py."""
+  restart_with_huge_pages()
   logging.set_verbosity(logging.FATAL)  # what Orbax logs of an error is in the exception too
   try:
     run(sys.argv[1:])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxlm import layout
 from jaxlm.models.decoder import unembed
+from jaxlm.models.layers import use
 
 
 def token_nll(logits_BLV, targets_BL):
@@ -45,9 +46,11 @@ def cross_entropy(chunks: int, unroll: bool, z_loss: float, x_BLD, unembed_VD, t
   `chunks` divides L; `unroll` makes the loop straight-line code (faster on CPU). Differentiable in x and unembed,
   through `loss` only.
   """
+  w_VD = use(unembed_VD, 'VD', x_BLD.dtype)
+
   def body(sums, piece):
     x, targets, weights = piece
-    loss, nll = _piece(z_loss, x, unembed_VD, targets, weights)
+    loss, nll = _piece(z_loss, x, w_VD, targets, weights)
     return (sums[0] + loss, sums[1] + nll), None
   sums, _ = _pieces(chunks, unroll, body, (jnp.float32(0), jnp.float32(0)), (x_BLD, targets_BL, weights_BL))
   return sums
@@ -57,12 +60,13 @@ def _forward(chunks, unroll, z_loss, x_BLD, unembed_VD, targets_BL, weights_BL):
   def body(carry, piece):
     x, targets, weights = piece
     (loss, nll), (dx, dw) = jax.value_and_grad(functools.partial(_piece, z_loss), argnums=(0, 1), has_aux=True)(
-        x, unembed_VD, targets, weights)
-    return (carry[0] + loss, carry[1] + nll, carry[2] + dw), dx
-  zero_VD = jnp.zeros_like(unembed_VD)
+        x, w_VD, targets, weights)
+    return (carry[0] + loss, carry[1] + nll, carry[2] + dw.astype(jnp.float32)), dx
+  w_VD, scatter = jax.vjp(lambda w_VD: use(w_VD, 'VD', x_BLD.dtype), unembed_VD)  # gathered once, not a piece at a time
+  zero_VD = jnp.zeros_like(w_VD, jnp.float32)
   (loss, nll, dw_VD), dx_BLD = _pieces(chunks, unroll, body, (jnp.float32(0), jnp.float32(0), zero_VD),
                                        (x_BLD, targets_BL, weights_BL))
-  return (loss, nll), (dx_BLD, dw_VD)
+  return (loss, nll), (dx_BLD, scatter(dw_VD.astype(w_VD.dtype))[0])
 
 
 def _backward(chunks, unroll, z_loss, gradients, cotangents):
@@ -77,7 +81,9 @@ cross_entropy.defvjp(_forward, _backward)
 
 def per_token_nll(chunks: int, unroll: bool, x_BLD, unembed_VD, targets_BL):
   """−log p(target) of each token, float32 [B, L], a piece at a time as in cross_entropy; for evaluation."""
+  w_VD = use(unembed_VD, 'VD', x_BLD.dtype)
+
   def body(carry, piece):
     x, targets = piece
-    return carry, token_nll(unembed(x, unembed_VD), targets)[0]
+    return carry, token_nll(unembed(x, w_VD), targets)[0]
   return _pieces(chunks, unroll, body, None, (x_BLD, targets_BL))[1]

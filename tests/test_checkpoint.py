@@ -128,8 +128,10 @@ def test_a_folder_with_no_step_in_it_is_not_a_fresh_start(texts, tmp_path):
     {'optimizer.lr': 0.1}, {'seed': 7}, {'batch': 16}, {'length': 64}])
 def test_a_checkpoint_of_another_run_names_the_first_field_that_differs(texts, copy, change):
   key, value = next(iter(change.items()))
+  before = (copy / 'config.json').read_bytes()
   with pytest.raises(UsageError, match=rf'{key} was .* and is now {value!r}'):
     training.train(run_config(texts, **change), copy)
+  assert (copy / 'config.json').read_bytes() == before
 
 
 def test_other_data_is_refused(texts, copy, tmp_path):
@@ -175,7 +177,7 @@ def test_what_travels_with_the_state(unbroken, texts):
   meta = Checkpoints(unbroken, read_only=True).read_meta(9)
   assert meta['examples'] == 9 * 8
   assert configs.from_json(json.dumps(meta['config'])) == run_config(texts)
-  assert set(meta['versions']) == {'jax', 'flax', 'optax'}
+  assert meta['versions']['jax'] == jax.__version__
 
 
 def test_a_workdir_that_cannot_be_made_is_storage(texts, tmp_path):

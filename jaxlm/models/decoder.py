@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from jaxlm import layout
 from jaxlm.config import ModelConfig
-from jaxlm.models import attention
+from jaxlm.models import attention, layers
 from jaxlm.models.layers import MLPS, NORMS, Dropout, Einsum, normal, rope
 
 REMAT = {  # name → policy of what the backward pass may keep; None keeps everything, without remat
@@ -70,9 +70,9 @@ class Decoder(nn.Module):
     block = Block
     if REMAT[cfg.remat] is not None:
       block = nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
-    layers = nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True}, length=cfg.N,
+    blocks = nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True}, length=cfg.N,
                      in_axes=nn.broadcast, unroll=1 if cfg.scan else cfg.N)
-    x_BLD, _ = layers(cfg, train, name='layers')(x_BLD, positions_BL, segments_BL)
+    x_BLD, _ = blocks(cfg, train, name='layers')(x_BLD, positions_BL, segments_BL)
 
     x_BLD = NORMS[cfg.norm](cfg, name='norm')(x_BLD)
     unembed_VD = embed_VD if cfg.tied else self.param('unembed', normal(cfg.init_std, 'VD'), (cfg.V, cfg.D))
@@ -108,6 +108,6 @@ def logits(cfg: ModelConfig, params, tokens_BL, positions_BL, segments_BL):
 
 
 def unembed(x_BLD, unembed_VD):
-  """float32 logits_BLV of hidden states, cut over V where the matrix is."""
-  w_VD = jax.sharding.reshard(unembed_VD.astype(x_BLD.dtype), layout.spec('VD', 'gathered'))
-  return jnp.einsum('BLD,VD->BLV', x_BLD, w_VD, out_sharding=layout.spec('BLV'), preferred_element_type=jnp.float32)
+  """float32 logits_BLV of hidden states, cut over V where the matrix is; the matrix may be gathered or not."""
+  w_VD = layers.use(unembed_VD, 'VD', x_BLD.dtype)
+  return layers.contract('BLD,VD->BLV', 'gathered', jnp.float32, x_BLD, w_VD)
