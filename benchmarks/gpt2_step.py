@@ -4,8 +4,8 @@
 
 Both do the same work: float32, no dropout, forward, backward, clip at 1.0, AdamW; random tokens. Each is a process
 that stays; a round is one step of each, in alternating order, while the other sleeps. The figure is the ratio of median
-step times, torch / jaxlm: above 1, jaxlm is faster. jaxlm has huge pages, as its command line gives itself; torch is run
-as people run it (huge pages did nothing for it: 15.8 s a step with, 14.5 and 12.3 without).
+step times, torch / jaxlm: above 1, jaxlm is faster. jaxlm keeps its memory as its command line does (jaxlm/memory.py);
+torch is run as people run it, or with --torch_memory in the same way.
 """
 import argparse
 import json
@@ -16,13 +16,12 @@ import time
 
 import numpy as np
 
+from jaxlm.memory import TUNABLES
+
 SIZES = {  # name → sizes, batch, length, rounds
     'small': (dict(D=256, H=4, G=4, K=64, F=1024, N=4, V=4096, P=256), 16, 256, 20),
     '124m': (dict(D=768, H=12, G=12, K=64, F=3072, N=12, V=50_304, P=512), 4, 512, 6),
 }
-
-
-HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}  # see jaxlm/hugepages.py
 
 
 def serve(step) -> None:
@@ -81,14 +80,14 @@ def torch_worker(size: str) -> None:
   serve(step)
 
 
-def compare(size: str, rounds: int) -> float:
+def compare(size: str, rounds: int, torch_memory: bool) -> float:
   model, batch, length, default = SIZES[size]
   rounds = rounds or default
   peers = {}
   for name in ('jaxlm', 'torch'):
     peers[name] = subprocess.Popen([sys.executable, __file__, f'--worker={name}', f'--size={size}'], text=True,
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   env={**os.environ, **(HUGE_PAGES if name == 'jaxlm' else {})})
+                                   env={**os.environ, **({'GLIBC_TUNABLES': TUNABLES} if name == 'jaxlm' or torch_memory else {})})
     while (line := peers[name].stdout.readline().strip()) != 'ready':
       if not line and peers[name].poll() is not None:
         raise RuntimeError(f'the {name} worker ended with {peers[name].returncode}')
@@ -103,6 +102,7 @@ def compare(size: str, rounds: int) -> float:
   median = {name: float(np.median(s)) for name, s in seconds.items()}
   ratio = median['torch'] / median['jaxlm']
   paired = np.quantile(np.array(seconds['torch']) / np.array(seconds['jaxlm']), [0.25, 0.5, 0.75])
+  print(' '.join(f'{a:.2f}/{b:.2f}' for a, b in zip(seconds['jaxlm'], seconds['torch'])))
   for name, value in median.items():
     print(f'{size:>6} {name:>6}: median {value:.3f} s a step, {batch * length / value:,.0f} tokens/s, '
           f'best {min(seconds[name]):.3f} s')
@@ -115,10 +115,11 @@ if __name__ == '__main__':
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--size', default='both')
   parser.add_argument('--rounds', type=int, default=0)
+  parser.add_argument('--torch_memory', action='store_true')
   parser.add_argument('--worker')
   args = parser.parse_args()
   if args.worker:
     {'jaxlm': jaxlm_worker, 'torch': torch_worker}[args.worker](args.size)
   else:
     for chosen in SIZES if args.size == 'both' else [args.size]:
-      compare(chosen, args.rounds)
+      compare(chosen, args.rounds, args.torch_memory)

@@ -16,7 +16,7 @@ from absl import flags, logging
 
 from jaxlm import config as configs
 from jaxlm.errors import JaxlmError, UsageError
-from jaxlm.hugepages import restart_with_huge_pages
+from jaxlm.memory import restart_with_kept_memory
 from jaxlm.signals import Signals
 
 
@@ -156,7 +156,7 @@ def run(argv: list[str]) -> None:
 
 def main() -> None:
   """Runs the command line and exits with the code of errors.py."""
-  restart_with_huge_pages()
+  restart_with_kept_memory()
   logging.set_verbosity(logging.FATAL)  # what Orbax logs of an error is in the exception too
   try:
     run(sys.argv[1:])
