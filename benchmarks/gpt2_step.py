@@ -16,7 +16,8 @@ import time
 
 import numpy as np
 
-from jaxlm.memory import TUNABLES
+from jaxlm import config as configs
+from jaxlm.memory import tunables
 
 SIZES = {  # name → sizes, batch, length, rounds
     'small': (dict(D=256, H=4, G=4, K=64, F=1024, N=4, V=4096, P=256), 16, 256, 20),
@@ -33,13 +34,18 @@ def serve(step) -> None:
     print(json.dumps([time.perf_counter() - start, loss]), flush=True)
 
 
+def config_of(size: str) -> configs.Config:
+  model, batch, length, _ = SIZES[size]
+  return configs.from_flat({**{f'model.{k}': v for k, v in model.items()}, 'model.norm': 'layer', 'model.mlp': 'gelu',
+                            'model.position': 'learned', 'model.bias': True, 'model.scan': False, 'batch': batch,
+                            'length': length, 'loss.chunks': 4})
+
+
 def jaxlm_worker(size: str) -> None:
   import jax  # pylint: disable=g-import-not-at-top
-  from jaxlm import config as configs, layout, optimizer, step as steps
+  from jaxlm import layout, optimizer, step as steps
+  c = config_of(size)
   model, batch, length, _ = SIZES[size]
-  c = configs.from_flat({**{f'model.{k}': v for k, v in model.items()}, 'model.norm': 'layer', 'model.mlp': 'gelu',
-                         'model.position': 'learned', 'model.bias': True, 'model.scan': False, 'batch': batch,
-                         'length': length, 'loss.chunks': 4})
   jax.set_mesh(layout.run_mesh(c))
   tx, schedule = optimizer.make_optimizer(c.optimizer, c.steps)
   state = jax.jit(lambda key: steps.init_state(c, tx, key))(jax.random.key(0))
@@ -83,11 +89,12 @@ def torch_worker(size: str) -> None:
 def compare(size: str, rounds: int, torch_memory: bool) -> float:
   model, batch, length, default = SIZES[size]
   rounds = rounds or default
+  memory = tunables(configs.approximate_params(config_of(size).model))
   peers = {}
   for name in ('jaxlm', 'torch'):
     peers[name] = subprocess.Popen([sys.executable, __file__, f'--worker={name}', f'--size={size}'], text=True,
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   env={**os.environ, **({'GLIBC_TUNABLES': TUNABLES} if name == 'jaxlm' or torch_memory else {})})
+                                   env={**os.environ, **({'GLIBC_TUNABLES': memory} if name == 'jaxlm' or torch_memory else {})})
     while (line := peers[name].stdout.readline().strip()) != 'ready':
       if not line and peers[name].poll() is not None:
         raise RuntimeError(f'the {name} worker ended with {peers[name].returncode}')

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config():
   return ConfigDict(dict(
       steps=1000, batch=8, length=256, log_every=20, save_every=200,
-      model=dict(D=128, H=2, G=1, K=64, F=384, N=6, V=4096, scan=False),
+      model=dict(D=128, H=2, G=1, K=64, F=384, N=6, V=4096),
       loss=dict(chunks=4),
       optimizer=dict(name='muon', lr=4e-3, schedule='wsd', warmup=50, decay=0.4, final=0.02),
       data=dict(source='stdlib', tokenizer='bpe:4096'),

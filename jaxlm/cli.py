@@ -74,13 +74,13 @@ def _parse(command: str, argv: list[str]):
 
 def _train(f, overrides):
   config = configs.load(f.config, overrides)
+  restart_with_kept_memory(configs.approximate_params(config.model))
   with Signals():  # so that a signal while jax is imported is no traceback either
     from jaxlm import train  # pylint: disable=g-import-not-at-top  # jax is imported once the config is good
     train.train(config, pathlib.Path(f.workdir))
 
 
 def _load(f):
-  from jaxlm import lm  # pylint: disable=g-import-not-at-top
   mesh = None
   if f.mesh:
     parts = f.mesh.split(',')
@@ -89,6 +89,8 @@ def _load(f):
     mesh = configs.MeshConfig(*map(int, parts))
   if not pathlib.Path(f.workdir).is_dir():
     raise UsageError(f'--workdir={f.workdir}: no such folder')
+  restart_with_kept_memory()
+  from jaxlm import lm  # pylint: disable=g-import-not-at-top
   return lm.load(f.workdir, f.step, mesh)
 
 
@@ -156,7 +158,6 @@ def run(argv: list[str]) -> None:
 
 def main() -> None:
   """Runs the command line and exits with the code of errors.py."""
-  restart_with_kept_memory()
   logging.set_verbosity(logging.FATAL)  # what Orbax logs of an error is in the exception too
   try:
     run(sys.argv[1:])

@@ -109,8 +109,8 @@ def _loop(config, workdir, mesh, step_fn, state, start, pipeline, checkpoints, l
       pending = None
       if not sums['finite']:
         raise JaxlmError(f'step {step}: the loss is {sums["loss"] / max(sums["tokens"], 1)} and the gradient norm '
-                         f'{sums["grad_norm"]}; the update was not applied. Checkpoint {saved} is good: lower '
-                         '--config.optimizer.lr, or look at the batch with `jaxlm data show`')
+                         f'{sums["grad_norm"]}; the update was not applied, and the newest checkpoint is {saved}. '
+                         'Lower --config.optimizer.lr, or look at the batch with `jaxlm data show`')
       log.add(step, sums)
 
   def save(step):

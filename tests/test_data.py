@@ -85,7 +85,9 @@ def test_held_out_documents_are_never_trained_on_nor_seen_by_the_tokenizer(texts
   seen = []
   original = tokenizer.make
   monkeypatch.setattr(packing.tokenizers, 'make', lambda spec, it: original(spec, (seen.append(t) or t for t in it)))
-  c, cache = make(texts, tmp_path, **{'data.tokenizer': 'bpe:264'})
+  c = common.config(**{'data.source': f'text:{texts}/*.txt', 'data.heldout': 0.2, 'data.tokenizer': 'bpe:264'})
+  packing.build(c.data, tmp_path / 'data', lambda _: None)
+  cache = packing.open_cache(c.data, tmp_path / 'data')
   held = {t for _, t in sources.documents(c.data.source, c.data, 'heldout')}
   trained = {t for _, t in sources.documents(c.data.source, c.data, 'train')}
   assert held and trained and not held & trained and len(held | trained) == 60
@@ -265,9 +267,10 @@ def test_a_tokenizer_json_of_ones_own(tmp_path):
 
 
 def test_parts_are_read_across(texts, tmp_path, monkeypatch):
-  _, whole = make(texts, tmp_path / 'a')
+  c, whole = make(texts, tmp_path / 'a')
   monkeypatch.setattr(packing, 'PART_TOKENS', 1000)
-  _, cut = make(texts, tmp_path / 'b')
+  packing.build(c.data, tmp_path / 'b', lambda _: None)
+  cut = packing.open_cache(c.data, tmp_path / 'b')
   a, b = whole.streams['train'], cut.streams['train']
   assert len(a.parts) == 1 and len(b.parts) > 3
   np.testing.assert_array_equal(a.read(0, a.tokens), b.read(0, b.tokens))

@@ -1,4 +1,6 @@
 """The decoder against its peers, and against itself run in other ways."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,9 @@ import pytest
 import torch
 import transformers
 
+from jaxlm import layout
 from jaxlm.models import attention, decoder
+from jaxlm.objectives import causal_lm
 from tests import common
 
 
@@ -27,71 +31,84 @@ def tokens(cfg, B=4, L=32, seed=0):
 
 
 def fill(torch_model, seed=0):
-  """Noise on every parameter of a transformers model; returns name → numpy."""
+  """Noise on every parameter of a transformers model."""
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for p in torch_model.parameters():
       p.add_(0.1 * torch.randn(p.shape, generator=generator))
-  return {k: v.detach().numpy() for k, v in torch_model.state_dict().items()}
+  return torch_model.eval()
 
 
 def stack(cfg, get):
   return np.stack([get(n) for n in range(cfg.N)])
 
 
-def test_gpt2_logits_equal_transformers(one_device):
-  cfg = common.model('gpt2')
-  peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-      n_embd=cfg.D, n_head=cfg.H, n_layer=cfg.N, n_inner=cfg.F, vocab_size=cfg.V, n_positions=cfg.P, bos_token_id=0,
-      eos_token_id=0)).eval()
-  w = fill(peer)
+def gpt2_params(cfg, w):
+  """transformers' names → ours, for weights and for their gradients."""
   at = lambda n, name: w[f'transformer.h.{n}.{name}']
   qkv = lambda i: (lambda n: np.split(at(n, 'attn.c_attn.weight'), 3, 1)[i].reshape(cfg.D, cfg.H, cfg.K))
   qkv_bias = lambda i: (lambda n: np.split(at(n, 'attn.c_attn.bias'), 3)[i].reshape(cfg.H, cfg.K))
   part = {name: {'w': stack(cfg, qkv(i)), 'bias': stack(cfg, qkv_bias(i))} for i, name in enumerate('qkv')}
   part['o'] = {'w': stack(cfg, lambda n: at(n, 'attn.c_proj.weight').reshape(cfg.H, cfg.K, cfg.D)),
                'bias': stack(cfg, lambda n: at(n, 'attn.c_proj.bias'))}
-  norm = lambda name: {'scale': stack(cfg, lambda n: at(n, f'{name}.weight')),
-                       'bias': stack(cfg, lambda n: at(n, f'{name}.bias'))}
-  linear = lambda name: {'w': stack(cfg, lambda n: at(n, f'{name}.weight')),
-                         'bias': stack(cfg, lambda n: at(n, f'{name}.bias'))}
-  params = {'embed': w['transformer.wte.weight'], 'positions': w['transformer.wpe.weight'],
-            'norm': {'scale': w['transformer.ln_f.weight'], 'bias': w['transformer.ln_f.bias']},
-            'layers': {'attention': part, 'norm1': norm('ln_1'), 'norm2': norm('ln_2'),
-                       'mlp': {'up': linear('mlp.c_fc'), 'down': linear('mlp.c_proj')}}}
-  assert jax.tree.structure(params) == jax.tree.structure(decoder.abstract_params(cfg))
-  t_BL = tokens(cfg)
-  with torch.no_grad():
-    theirs = peer(torch.tensor(t_BL, dtype=torch.long)).logits.numpy()
-  np.testing.assert_allclose(run(cfg, params, t_BL), theirs, atol=2e-4)
+  two = lambda name, weight: {weight: stack(cfg, lambda n: at(n, f'{name}.weight')),
+                              'bias': stack(cfg, lambda n: at(n, f'{name}.bias'))}
+  return {'embed': w['transformer.wte.weight'], 'positions': w['transformer.wpe.weight'],
+          'norm': {'scale': w['transformer.ln_f.weight'], 'bias': w['transformer.ln_f.bias']},
+          'layers': {'attention': part, 'norm1': two('ln_1', 'scale'), 'norm2': two('ln_2', 'scale'),
+                     'mlp': {'up': two('mlp.c_fc', 'w'), 'down': two('mlp.c_proj', 'w')}}}
 
 
-@pytest.mark.parametrize('tied', [True, False])
-def test_llama_logits_equal_transformers(one_device, tied):
-  cfg = common.model('llama', tied=tied, rope_base=500.)
-  peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-      hidden_size=cfg.D, num_attention_heads=cfg.H, num_key_value_heads=cfg.G, head_dim=cfg.K, intermediate_size=cfg.F,
-      num_hidden_layers=cfg.N, vocab_size=cfg.V, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=tied,
-      rope_parameters={'rope_type': 'default', 'rope_theta': cfg.rope_base}, bos_token_id=0, eos_token_id=0)).eval()
-  w = fill(peer)
+def llama_params(cfg, w):
   at = lambda n, name: w[f'model.layers.{n}.{name}.weight']
   heads = lambda name, count: {'w': stack(cfg, lambda n: at(n, name).T.reshape(cfg.D, count, cfg.K))}
   linear = lambda name: {'w': stack(cfg, lambda n: at(n, name).T)}
   norm = lambda name: {'scale': stack(cfg, lambda n: at(n, name))}
+  o = {'w': stack(cfg, lambda n: at(n, 'self_attn.o_proj').T.reshape(cfg.H, cfg.K, cfg.D))}
   params = {'embed': w['model.embed_tokens.weight'], 'norm': {'scale': w['model.norm.weight']},
             'layers': {'attention': {'q': heads('self_attn.q_proj', cfg.H), 'k': heads('self_attn.k_proj', cfg.G),
-                                     'v': heads('self_attn.v_proj', cfg.G),
-                                     'o': {'w': stack(cfg, lambda n: at(n, 'self_attn.o_proj').T.reshape(
-                                         cfg.H, cfg.K, cfg.D))}},
+                                     'v': heads('self_attn.v_proj', cfg.G), 'o': o},
                        'norm1': norm('input_layernorm'), 'norm2': norm('post_attention_layernorm'),
                        'mlp': {n: linear(f'mlp.{n}_proj') for n in ('gate', 'up', 'down')}}}
-  if not tied:
-    params['unembed'] = w['lm_head.weight']
-  assert jax.tree.structure(params) == jax.tree.structure(decoder.abstract_params(cfg))
-  t_BL = tokens(cfg)
-  with torch.no_grad():
-    theirs = peer(torch.tensor(t_BL, dtype=torch.long)).logits.numpy()
-  np.testing.assert_allclose(run(cfg, params, t_BL), theirs, atol=2e-4)
+  return params if cfg.tied else {**params, 'unembed': w['lm_head.weight']}
+
+
+def assert_equals_peer(cfg, peer, to_params):
+  """Logits, loss and the gradient of every parameter."""
+  t_BL = tokens(cfg, L=33)
+  ours = to_params(cfg, {k: v.detach().numpy() for k, v in peer.state_dict().items()})
+  assert jax.tree.structure(ours) == jax.tree.structure(decoder.abstract_params(cfg))
+  ids = torch.tensor(t_BL, dtype=torch.long)
+  logits = peer(ids[:, :-1]).logits
+  torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+  np.testing.assert_allclose(run(cfg, ours, t_BL[:, :-1]), logits.detach().numpy(), atol=2e-4)
+  B, L = t_BL.shape[0], t_BL.shape[1] - 1
+  batch = common.put({'tokens': t_BL[:, :-1], 'targets': t_BL[:, 1:], 'segments': np.ones((B, L), np.int32),
+                      'positions': np.broadcast_to(np.arange(L, dtype=np.int32), (B, L)),
+                      'weights': np.ones((B, L), np.float32)})
+  c = dataclasses.replace(common.config(), model=cfg)
+  shardings = layout.named(decoder.abstract_params(cfg), common.mesh_of(1, 1, 1))
+  placed = jax.tree.map(lambda v, a: jax.device_put(v, a.sharding), ours, shardings)
+  grads = jax.jit(jax.grad(lambda p: causal_lm(c, p, batch)[0] / (B * L)))(placed)
+  theirs = to_params(cfg, {k: p.grad.numpy() for k, p in peer.named_parameters()})
+  common.assert_trees_close(grads, theirs, atol=2e-5, rtol=1e-3)
+
+
+def test_gpt2_equals_transformers(one_device):
+  cfg = common.model('gpt2')
+  assert_equals_peer(cfg, fill(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+      n_embd=cfg.D, n_head=cfg.H, n_layer=cfg.N, n_inner=cfg.F, vocab_size=cfg.V, n_positions=cfg.P, bos_token_id=0,
+      eos_token_id=0))), gpt2_params)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_llama_equals_transformers(one_device, tied):
+  cfg = common.model('llama', tied=tied, rope_base=500.)
+  assert_equals_peer(cfg, fill(transformers.LlamaForCausalLM(transformers.LlamaConfig(
+      hidden_size=cfg.D, num_attention_heads=cfg.H, num_key_value_heads=cfg.G, head_dim=cfg.K, intermediate_size=cfg.F,
+      num_hidden_layers=cfg.N, vocab_size=cfg.V, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=tied,
+      rope_parameters={'rope_type': 'default', 'rope_theta': cfg.rope_base}, bos_token_id=0, eos_token_id=0))),
+                     llama_params)
 
 
 @pytest.mark.parametrize('kernel', sorted(attention.ATTENTION))
@@ -128,8 +145,6 @@ def test_packed_equals_unpacked(one_device, family, kernel):
 
 
 def gradient(cfg, params, c):
-  from jaxlm.objectives import causal_lm
-  import dataclasses
   c = dataclasses.replace(c, model=cfg)
   b = common.put(common.batch(c))
   return jax.value_and_grad(lambda p: causal_lm(c, p, b)[0]), params

@@ -89,7 +89,7 @@ def prepare(config: Config, workdir: pathlib.Path, say=print) -> packing.Cache:
   """Opens the run's token cache, building it first if it is not there. UsageError if it does not fit the model."""
   folder = pathlib.Path(config.data.cache) if config.data.cache else workdir / 'data'
   if not folder.exists():
-    packing.build(config.data, folder, say)
+    packing.build_apart(config.data, folder, say)
   cache = packing.open_cache(config.data, folder)
   if cache.tokenizer.vocab_size > config.model.V:
     size = cache.tokenizer.vocab_size
