@@ -63,18 +63,17 @@ def _only(batch: dict, rows_B: np.ndarray) -> dict:
 @dataclasses.dataclass(frozen=True)
 class Window:
   """ids are inputs and one target more; only targets from index `scored` on count."""
-  document: int
   ids: np.ndarray
   scored: int
 
 
-def windows(document: int, ids: np.ndarray, context: int, stride: int) -> Iterator[Window]:
+def windows(ids: np.ndarray, context: int, stride: int) -> Iterator[Window]:
   """Windows of [boundary, t1 … tn] in which every t is scored once (see the module's text)."""
   n, end = len(ids) - 1, 0
   while end < n:
     new_end = min(context if end == 0 else end + stride, n)
     start = max(0, new_end - context)
-    yield Window(document, ids[start:new_end + 1], end - start)
+    yield Window(ids[start:new_end + 1], end - start)
     end = new_end
 
 
@@ -123,14 +122,14 @@ def evaluate(lm, documents: Iterable[tuple[str, str]], context: int, stride: int
   nll = 0.
 
   def all_windows():
-    for number, (_, text) in enumerate(documents):
+    for _, text in documents:
       ids = np.array([lm.tokenizer.boundary, *lm.tokenizer.encode(text)], np.int32)
       totals['documents'] += 1
       totals['bytes'] += len(text.encode())
       if progress:
         progress(len(text.encode()))
       totals['tokens'] += len(ids) - 1
-      yield from windows(number, ids, context, stride)
+      yield from windows(ids, context, stride)
 
   def score(row_list):
     arrays = to_batch(row_list, batch, context)

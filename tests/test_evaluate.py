@@ -37,7 +37,7 @@ def test_windows_score_each_token_once_with_the_promised_context(n, context, dat
   stride = data.draw(st.integers(1, context))
   ids = np.arange(n + 1)
   scored = collections.Counter()
-  for w in evaluate.windows(0, ids, context, stride):
+  for w in evaluate.windows(ids, context, stride):
     assert len(w.ids) - 1 <= context
     for at in range(w.scored, len(w.ids) - 1):
       target = w.ids[at + 1]
@@ -54,7 +54,7 @@ def test_equals_scoring_by_hand(context, stride):
   for name, text in DOCUMENTS[:3]:  # one call a document: logits of every window at once
     ids = np.array([lm.tokenizer.boundary, *lm.tokenizer.encode(text)], np.int32)
     nll = 0.
-    for w in evaluate.windows(0, ids, context, stride):
+    for w in evaluate.windows(ids, context, stride):
       padded = np.zeros(context, np.int32)
       padded[:len(w.ids) - 1] = w.ids[:-1]
       logits = lm.logits(padded[None])[0].astype(np.float64)

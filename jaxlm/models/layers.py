@@ -43,7 +43,7 @@ def _contract_backward(eqn, kind, dtype, saved, g):
   x, w = saved
   x_dims, w_dims, out_dims = _split(eqn)
   g = g.astype(x.dtype)
-  dx = jnp.einsum(f'{out_dims},{w_dims}->{x_dims}', g, use(w, w_dims, x.dtype), out_sharding=layout.spec(x_dims))
+  dx = jnp.einsum(f'{out_dims},{w_dims}->{x_dims}', g, use(w, w_dims, x.dtype), out_sharding=jax.typeof(x).sharding.spec)
   sides = [(''.join(d for d in w_dims if d in dims), dims, a) for dims, a in ((x_dims, x), (out_dims, g))]
   size = dict(zip(w_dims, w.shape))
   (dims1, in1, a1), (dims2, in2, a2) = sorted(sides, key=lambda side: math.prod(size[d] for d in side[0]))
