@@ -65,10 +65,10 @@ class Log:
     self._progress = self._task = None
     if console.is_terminal:
       self._progress = Progress(
-          TextColumn('step'), MofNCompleteColumn(), BarColumn(), TextColumn('loss {task.fields[loss]:.3f}'),
-          TextColumn('{task.fields[speed]:,.0f} tokens/s'), TimeRemainingColumn(), TextColumn('left'), console=console)
+          TextColumn('step'), MofNCompleteColumn(), BarColumn(), TextColumn('loss {task.fields[loss]}'),
+          TextColumn('{task.fields[speed]} tokens/s'), TimeRemainingColumn(), TextColumn('left'), console=console)
       self._progress.start()
-      self._task = self._progress.add_task('', total=config.steps, completed=start, loss=float('nan'), speed=0.)
+      self._task = self._progress.add_task('', total=config.steps, completed=start, loss='–', speed='–')
 
   def _keep_until(self, start: int) -> None:
     if self._path.exists():
@@ -109,7 +109,8 @@ class Log:
     for name, value in values.items():
       self._events.add_scalar(name, value, step)
     if 'loss' in values and self._progress:
-      self._progress.update(self._task, completed=step, loss=values['loss'], speed=values['tokens_per_second'])
+      self._progress.update(self._task, completed=step, loss=f'{values["loss"]:.3f}',
+                            speed=f'{values["tokens_per_second"]:,.0f}')
     elif 'loss' in values:
       left = (self._config.steps - step) * values['step_seconds']
       say(f'step {step:>6}/{self._config.steps}  loss {values["loss"]:.4f}  '
