@@ -167,7 +167,7 @@ def test_remat_and_unrolling_change_the_program_and_not_the_result(one_device, f
     common.assert_trees_close(result, results['none', True], rtol=2e-4, atol=2e-5)
 
 
-def test_attention_kernels_agree_forward_and_backward(one_device):
+def test_attention_kernels_agree_forward_and_backward():
   rng = np.random.default_rng(0)
   B, L, H, G, K = 2, 16, 8, 4, 8
   q, k, v = (jnp.asarray(rng.standard_normal((B, L, n, K), np.float32)) for n in (H, G, G))

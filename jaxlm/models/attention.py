@@ -1,7 +1,10 @@
 """Attention kernels, one signature: (q_BLHK, k_BLGK, v_BLGK, segments_BL) → o_BLHK, causal within a segment.
 
-A new one is a function and a line of ATTENTION. They agree with each other in tests/test_attention.py.
+A new one is a function and a line of ATTENTION. Kernels see what one device holds of the batch and the heads, and know
+nothing of the mesh (`attend` puts them under shard_map). They agree with each other in tests/test_decoder.py.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +27,7 @@ def blocked(q_BLHK, k_BLGK, v_BLGK, segments_BL):
   blocks = BLOCKS if L % BLOCKS == 0 else 1
   q_BHLK = jnp.swapaxes(q_BLHK * K ** -0.5, 1, 2)
   if G < H:
-    k_BLGK, v_BLGK = (jnp.repeat(a, H // G, axis=2, out_sharding=layout.spec('BLGK')) for a in (k_BLGK, v_BLGK))
+    k_BLGK, v_BLGK = (jnp.repeat(a, H // G, axis=2) for a in (k_BLGK, v_BLGK))
   k_BHMK, v_BHMK = jnp.swapaxes(k_BLGK, 1, 2), jnp.swapaxes(v_BLGK, 1, 2)
   size, out = L // blocks, []
   for start in range(0, L, size):
@@ -40,8 +43,12 @@ def blocked(q_BLHK, k_BLGK, v_BLGK, segments_BL):
 ATTENTION = {'dot_product': dot_product, 'blocked': blocked}
 
 
-def choose(name: str, platform: str):
-  """The kernel called `name`; 'auto' is the fastest known for the platform ('cpu', 'gpu', 'tpu')."""
+def attend(name: str, platform: str, q_BLHK, k_BLGK, v_BLGK, segments_BL):
+  """The kernel called `name` on the mesh; 'auto' is the fastest known for the platform ('cpu', 'gpu', 'tpu')."""
   if name == 'auto':
     name = 'blocked' if platform == 'cpu' else 'dot_product'
-  return ATTENTION[name]
+  in_specs = tuple(layout.spec(dims) for dims in ('BLHK', 'BLGK', 'BLGK', 'BL'))
+  q_BLHK, k_BLGK, v_BLGK, segments_BL = (
+      jax.sharding.reshard(a, s) for a, s in zip((q_BLHK, k_BLGK, v_BLGK, segments_BL), in_specs))
+  local = functools.partial(jax.shard_map, in_specs=in_specs, out_specs=layout.spec('BLHK'))(ATTENTION[name])
+  return local(q_BLHK, k_BLGK, v_BLGK, segments_BL)

@@ -28,7 +28,7 @@ class Attention(nn.Module):
     v_BLGK = Einsum('BLD,DGK->BLGK', cfg, name='v')(x_BLD)
     if cfg.position == 'rope':
       q_BLHK, k_BLGK = (rope(a, positions_BL, cfg.rope_base) for a in (q_BLHK, k_BLGK))
-    o_BLHK = attention.choose(cfg.attention, jax.default_backend())(q_BLHK, k_BLGK, v_BLGK, segments_BL)
+    o_BLHK = attention.attend(cfg.attention, jax.default_backend(), q_BLHK, k_BLGK, v_BLGK, segments_BL)
     return Einsum('BLHK,HKD->BLD', cfg, out=True, name='o')(o_BLHK)
 
 
