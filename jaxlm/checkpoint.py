@@ -46,7 +46,7 @@ class Checkpoints:
   def __init__(self, workdir: pathlib.Path, options: CheckpointConfig = CheckpointConfig(), read_only: bool = False):
     import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
     self._ocp = ocp
-    self.workdir = workdir
+    self.workdir, self._read_only = workdir, read_only
     self.found = steps(workdir)
     self._manager = ocp.CheckpointManager(
         (workdir / 'checkpoints').absolute(), item_names=('state', 'run'),
@@ -102,7 +102,7 @@ class Checkpoints:
         say(f'checkpoint {step} cannot be read: {reason}')
         bad.append(step)
         continue
-      for broken in bad:
+      for broken in [] if self._read_only else bad:  # to evaluate changes nothing in a workdir
         self._quarantine(broken, say)
       return step, result
     if bad:

@@ -99,6 +99,9 @@ def damage(workdir, step, how='state'):
 @pytest.mark.parametrize('how', ['state', 'run', 'empty'])
 def test_a_damaged_newest_step_is_named_and_the_one_before_is_used(texts, unbroken, copy, how, capsys):
   damage(copy, 6, how)
+  reader = Checkpoints(copy, read_only=True)
+  assert reader.newest(reader.read_meta)[0] == (6 if how == 'state' else 3)
+  assert not (copy / 'quarantine').exists() and (copy / 'checkpoints' / '6').exists()  # reading moves nothing
   training.train(run_config(texts), copy)
   assert losses(copy) == losses(unbroken)
   out = capsys.readouterr().out
