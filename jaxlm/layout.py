@@ -28,6 +28,11 @@ def spec(dims: str, kind: str = 'act') -> P:
   return P(*axes)
 
 
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': what the current mesh is made of, which need not be what this process runs on."""
+  return jax.sharding.get_abstract_mesh().abstract_device.platform
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """An Explicit mesh (data, fsdp, tensor) over `devices` (all of the job's if None); −1 is filled.
 

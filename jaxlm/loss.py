@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import layout
-from jaxlm.models.decoder import unembed
-from jaxlm.models.layers import use
+from jaxlm.models.decoder import UNEMBED, unembed
+from jaxlm.models.layers import contract_gradients, use
 
 
 def token_nll(logits_BLV, targets_BL):
@@ -22,8 +22,8 @@ def token_nll(logits_BLV, targets_BL):
   return log_z_BL - picked_BL, log_z_BL
 
 
-def _piece(z_loss, x_BLD, unembed_VD, targets_BL, weights_BL):
-  nll_BL, log_z_BL = token_nll(unembed(x_BLD, unembed_VD), targets_BL)
+def _piece(z_loss, logits_BLV, targets_BL, weights_BL):
+  nll_BL, log_z_BL = token_nll(logits_BLV, targets_BL)
   nll = jnp.sum(nll_BL * weights_BL)
   return nll + z_loss * jnp.sum(log_z_BL ** 2 * weights_BL), nll
 
@@ -50,7 +50,7 @@ def cross_entropy(chunks: int, unroll: bool, z_loss: float, x_BLD, unembed_VD, t
 
   def body(sums, piece):
     x, targets, weights = piece
-    loss, nll = _piece(z_loss, x, w_VD, targets, weights)
+    loss, nll = _piece(z_loss, unembed(x, w_VD), targets, weights)
     return (sums[0] + loss, sums[1] + nll), None
   sums, _ = _pieces(chunks, unroll, body, (jnp.float32(0), jnp.float32(0)), (x_BLD, targets_BL, weights_BL))
   return sums
@@ -59,14 +59,15 @@ def cross_entropy(chunks: int, unroll: bool, z_loss: float, x_BLD, unembed_VD, t
 def _forward(chunks, unroll, z_loss, x_BLD, unembed_VD, targets_BL, weights_BL):
   def body(carry, piece):
     x, targets, weights = piece
-    (loss, nll), (dx, dw) = jax.value_and_grad(functools.partial(_piece, z_loss), argnums=(0, 1), has_aux=True)(
-        x, w_VD, targets, weights)
-    return (carry[0] + loss, carry[1] + nll, carry[2] + dw.astype(jnp.float32)), dx
-  w_VD, scatter = jax.vjp(lambda w_VD: use(w_VD, 'VD', x_BLD.dtype), unembed_VD)  # gathered once, not a piece at a time
+    (loss, nll), g_BLV = jax.value_and_grad(functools.partial(_piece, z_loss), has_aux=True)(
+        unembed(x, w_VD), targets, weights)
+    dx, dw_VD = contract_gradients(UNEMBED, 'gathered', x, w_VD, g_BLV)
+    return (carry[0] + loss, carry[1] + nll, carry[2] + dw_VD), dx
+  w_VD = use(unembed_VD, 'VD', x_BLD.dtype)  # gathered once, not a piece at a time
   zero_VD = jnp.zeros_like(w_VD, jnp.float32)
   (loss, nll, dw_VD), dx_BLD = _pieces(chunks, unroll, body, (jnp.float32(0), jnp.float32(0), zero_VD),
                                        (x_BLD, targets_BL, weights_BL))
-  return (loss, nll), (dx_BLD, scatter(dw_VD.astype(w_VD.dtype))[0])
+  return (loss, nll), (dx_BLD, jax.sharding.reshard(dw_VD, jax.typeof(unembed_VD).sharding))
 
 
 def _backward(chunks, unroll, z_loss, gradients, cotangents):

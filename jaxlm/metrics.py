@@ -1,4 +1,5 @@
 """What a run reports: sums and counts, divided once on the host → console, metrics.jsonl, TensorBoard events."""
+import contextlib
 import json
 import os
 import pathlib
@@ -116,12 +117,12 @@ class Log:
       say(f'step {step:>6}/{self._config.steps}  loss {values["loss"]:.4f}  '
           f'{values["tokens_per_second"]:,.0f} tokens/s  {left:,.0f} s left')
 
-  def pause(self) -> None:
-    """Time from here to the next `resume` is not a step's (a save, an evaluation)."""
-    self._paused = time.time()
-
-  def resume(self) -> None:
-    self._since += time.time() - self._paused
+  @contextlib.contextmanager
+  def paused(self):
+    """The time within (a save, an evaluation) is not a step's."""
+    began = time.time()
+    yield
+    self._since += time.time() - began
 
   def close(self) -> None:
     if self._progress:

@@ -52,12 +52,12 @@ def make_step(config: Config, tx, schedule, objective=causal_lm):
       (grads, sums), _ = jax.lax.scan(gradient, zeros, (jnp.arange(count), _microbatches(count, batch)))
     grads = jax.tree.map(lambda g: g / jnp.maximum(sums['tokens'], 1), grads)
 
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     updates, opt = tx.update(grads, state['opt'], state['params'])
     new = {'params': optax.apply_updates(state['params'], updates), 'opt': opt, 'step': state['step'] + 1}
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-    return new, {**sums, 'grad_norm': grad_norm, 'param_norm': optax.global_norm(new['params']),
+    return new, {**sums, 'grad_norm': grad_norm, 'param_norm': optax.tree.norm(new['params']),
                  'learning_rate': schedule(state['step']), 'finite': finite.astype(jnp.float32)}
 
   return train_step

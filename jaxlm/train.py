@@ -1,7 +1,9 @@
 """The training loop: starts or goes on from the newest good checkpoint, and stops cleanly when told to."""
 import concurrent.futures
+import dataclasses
 import os
 import pathlib
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +78,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
   log = metrics.Log(workdir, config, params, start)
   signals.in_loop = True
   try:
-    _loop(config, workdir, mesh, step_fn, state, start, pipeline, checkpoints, log, timer, signals)
+    _Loop(config, workdir, mesh, step_fn, pipeline, checkpoints, log, signals, start, state).run(timer)
   finally:
     log.close()
     checkpoints.close()
@@ -97,53 +99,64 @@ def _fresh_state(config: Config, tx):
   return init.lower(jax.random.key(config.seed)).compile(compiler_options=options)(jax.random.key(config.seed))
 
 
-def _loop(config, workdir, mesh, step_fn, state, start, pipeline, checkpoints, log, timer, signals) -> None:
+@dataclasses.dataclass
+class _Loop:
   """Dispatches step n, prepares batch n + 1, and only then reads what step n − 1 said."""
-  cache, saved, pending = pipeline.cache, start, None
-  held_out = evaluate.HeldOut(config, cache, mesh) if config.eval_every else None
+  config: Config
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  step_fn: Callable
+  pipeline: pipelines.Pipeline
+  checkpoints: Checkpoints
+  log: metrics.Log
+  signals: Signals
+  saved: int                  # the newest step that is saved
+  state: dict
+  pending: tuple | None = None  # (step, its sums), still on the device
 
-  def read():
-    nonlocal pending
-    if pending is not None:
-      step, sums = pending[0], jax.device_get(pending[1])
-      pending = None
-      if not sums['finite']:
-        raise JaxlmError(f'step {step}: the loss is {sums["loss"] / max(sums["tokens"], 1)} and the gradient norm '
-                         f'{sums["grad_norm"]}; the update was not applied, and the newest checkpoint is {saved}. '
-                         'Lower --config.optimizer.lr, or look at the batch with `jaxlm data show`')
-      log.add(step, sums)
+  def run(self, timer: metrics.Timer) -> None:
+    config, start = self.config, self.saved
+    held_out = evaluate.HeldOut(config, self.pipeline.cache, self.mesh) if config.eval_every else None
+    batch = self.pipeline.batch(start, self.mesh)
+    with jax.transfer_guard('disallow'):
+      for done in range(start + 1, config.steps + 1):
+        self.state, sums = self.step_fn(self.state, batch)
+        if done < config.steps:
+          batch = self.pipeline.batch(done, self.mesh)
+        self.read()
+        self.pending = (done, sums)
+        if done == start + 1:
+          jax.block_until_ready(sums)
+          timer.mark('step')
+          say(str(timer))
+        if self.signals.received or done == config.steps or done % config.save_every == 0:
+          self.save(done)
+        if self.signals.received:
+          break
+        if held_out and done % config.eval_every == 0:
+          self.read()
+          with self.log.paused():
+            self.log.write(done, dict(held_out.run(self.state['params'])))
+      self.checkpoints.finish()
+    if self.signals.received and self.saved < config.steps:
+      raise Preempted(f'{self.signals.received}: saved step {self.saved} of {config.steps} in {self.workdir}; '
+                      'the same command goes on from there')
+    say(f'trained to step {self.saved}; checkpoint saved in {self.workdir}')
 
-  def save(step):
-    nonlocal saved
-    read()  # never save past a step that was not finite
-    log.pause()
-    checkpoints.save(step, state, run_meta(config, cache, step))
-    log.resume()
-    saved = step
+  def read(self) -> None:
+    """Logs what the pending step said. JaxlmError if it was not finite."""
+    if self.pending is None:
+      return
+    step, sums = self.pending[0], jax.device_get(self.pending[1])
+    self.pending = None
+    if not sums['finite']:
+      raise JaxlmError(f'step {step}: the loss is {sums["loss"] / max(sums["tokens"], 1)} and the gradient norm '
+                       f'{sums["grad_norm"]}; the update was not applied, and the newest checkpoint is {self.saved}. '
+                       'Lower --config.optimizer.lr, or look at the batch with `jaxlm data show`')
+    self.log.add(step, sums)
 
-  batch = pipeline.batch(start, mesh)
-  with jax.transfer_guard('disallow'):
-    for done in range(start + 1, config.steps + 1):
-      state, sums = step_fn(state, batch)
-      if done < config.steps:
-        batch = pipeline.batch(done, mesh)
-      read()
-      pending = (done, sums)
-      if done == start + 1:
-        jax.block_until_ready(sums)
-        timer.mark('step')
-        say(str(timer))
-      if signals.received or done == config.steps or done % config.save_every == 0:
-        save(done)
-      if signals.received:
-        break
-      if held_out and done % config.eval_every == 0:
-        read()
-        log.pause()
-        log.write(done, dict(held_out.run(state['params'])))
-        log.resume()
-    checkpoints.finish()
-  if signals.received and saved < config.steps:
-    raise Preempted(f'{signals.received}: saved step {saved} of {config.steps} in {workdir}; '
-                    'the same command goes on from there')
-  say(f'trained to step {saved}; checkpoint saved in {workdir}')
+  def save(self, step: int) -> None:
+    self.read()  # never save past a step that was not finite
+    with self.log.paused():
+      self.checkpoints.save(step, self.state, run_meta(self.config, self.pipeline.cache, step))
+    self.saved = step

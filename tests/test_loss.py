@@ -83,3 +83,15 @@ def test_per_token_nll_sums_to_the_loss(one_device):
   nll_BL = jax.jit(functools.partial(loss.per_token_nll, 4, False))(x, w, targets)
   np.testing.assert_allclose(jnp.sum(nll_BL * weights), loss.cross_entropy(4, False, 0., x, w, targets, weights)[1],
                              rtol=1e-6)
+
+
+def test_gradient_of_the_matrix_is_float32_under_bfloat16_compute(one_device):
+  """Only the operands are rounded to bfloat16: the sum over tokens and over pieces is not."""
+  x, w, targets, weights = arrays()
+  x = x.astype(jnp.bfloat16)
+  got = jax.jit(jax.grad(lambda x, w: loss.cross_entropy(4, False, 0., x, w, targets, weights)[0], 1))(x, w)
+  rounded = lambda a: np.asarray(jax.device_get(a).astype(jnp.bfloat16), np.float32)
+  logits = rounded(x) @ rounded(w).T
+  g = jax.nn.softmax(logits) - jax.nn.one_hot(jax.device_get(targets), V)
+  g = rounded(g * jax.device_get(weights)[..., None])
+  np.testing.assert_allclose(got, np.einsum('BLV,BLD->VD', g, rounded(x)), rtol=1e-5, atol=1e-2 / B / L)

@@ -43,10 +43,10 @@ def blocked(q_BLHK, k_BLGK, v_BLGK, segments_BL):
 ATTENTION = {'dot_product': dot_product, 'blocked': blocked}
 
 
-def attend(name: str, platform: str, q_BLHK, k_BLGK, v_BLGK, segments_BL):
-  """The kernel called `name` on the mesh; 'auto' is the fastest known for the platform ('cpu', 'gpu', 'tpu')."""
+def attend(name: str, q_BLHK, k_BLGK, v_BLGK, segments_BL):
+  """The kernel called `name` on the mesh; 'auto' is the fastest known for the mesh's platform."""
   if name == 'auto':
-    name = 'blocked' if platform == 'cpu' else 'dot_product'
+    name = 'blocked' if layout.platform() == 'cpu' else 'dot_product'
   in_specs = tuple(layout.spec(dims) for dims in ('BLHK', 'BLGK', 'BLGK', 'BL'))
   q_BLHK, k_BLGK, v_BLGK, segments_BL = (
       jax.sharding.reshard(a, s) for a, s in zip((q_BLHK, k_BLGK, v_BLGK, segments_BL), in_specs))

@@ -10,6 +10,7 @@ from jaxlm.config import ModelConfig
 from jaxlm.models import attention, layers
 from jaxlm.models.layers import MLPS, NORMS, Dropout, Einsum, normal, rope
 
+UNEMBED = 'BLD,VD->BLV'
 REMAT = {  # name → policy of what the backward pass may keep; None keeps everything, without remat
     'none': None,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -28,7 +29,7 @@ class Attention(nn.Module):
     v_BLGK = Einsum('BLD,DGK->BLGK', cfg, name='v')(x_BLD)
     if cfg.position == 'rope':
       q_BLHK, k_BLGK = (rope(a, positions_BL, cfg.rope_base) for a in (q_BLHK, k_BLGK))
-    o_BLHK = attention.attend(cfg.attention, jax.default_backend(), q_BLHK, k_BLGK, v_BLGK, segments_BL)
+    o_BLHK = attention.attend(cfg.attention, q_BLHK, k_BLGK, v_BLGK, segments_BL)
     return Einsum('BLHK,HKD->BLD', cfg, out=True, name='o')(o_BLHK)
 
 
@@ -110,4 +111,4 @@ def logits(cfg: ModelConfig, params, tokens_BL, positions_BL, segments_BL):
 def unembed(x_BLD, unembed_VD):
   """float32 logits_BLV of hidden states, cut over V where the matrix is; the matrix may be gathered or not."""
   w_VD = layers.use(unembed_VD, 'VD', x_BLD.dtype)
-  return layers.contract('BLD,VD->BLV', 'gathered', jnp.float32, x_BLD, w_VD)
+  return layers.contract(UNEMBED, 'gathered', jnp.float32, x_BLD, w_VD)
