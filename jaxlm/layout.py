@@ -29,8 +29,10 @@ def spec(dims: str, kind: str = 'act') -> P:
 
 
 def platform() -> str:
-  """'cpu', 'gpu' or 'tpu': what the current mesh is made of, which need not be what this process runs on."""
-  return jax.sharding.get_abstract_mesh().abstract_device.platform
+  """'cpu', 'gpu' or 'tpu': what the current mesh is made of, which need not be what this process runs on; 'unknown'
+  for a mesh of sizes only."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else 'unknown'
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:

@@ -67,7 +67,8 @@ def _forward(chunks, unroll, z_loss, x_BLD, unembed_VD, targets_BL, weights_BL):
   zero_VD = jnp.zeros_like(w_VD, jnp.float32)
   (loss, nll, dw_VD), dx_BLD = _pieces(chunks, unroll, body, (jnp.float32(0), jnp.float32(0), zero_VD),
                                        (x_BLD, targets_BL, weights_BL))
-  return (loss, nll), (dx_BLD, jax.sharding.reshard(dw_VD, jax.typeof(unembed_VD).sharding))
+  scatter = jax.linear_transpose(lambda w_VD: use(w_VD, 'VD', jnp.float32), unembed_VD)
+  return (loss, nll), (dx_BLD, *scatter(dw_VD))
 
 
 def _backward(chunks, unroll, z_loss, gradients, cotangents):
