@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from jaxlm import config as configs
+from jaxlm import config as configs, schema
 from jaxlm.memory import tunables
 
 SIZES = {  # name → sizes, batch, length, rounds
@@ -34,10 +34,10 @@ def serve(step) -> None:
     print(json.dumps([time.perf_counter() - start, loss]), flush=True)
 
 
-def config_of(size: str) -> configs.Config:
+def config_of(size: str) -> schema.Config:
   model, batch, length, _ = SIZES[size]
   return configs.from_flat({**{f'model.{k}': v for k, v in model.items()}, 'model.norm': 'layer', 'model.mlp': 'gelu',
-                            'model.position': 'learned', 'model.bias': True, 'model.scan': False, 'batch': batch,
+                            'model.position': 'learned', 'model.bias': 'all', 'model.scan': False, 'batch': batch,
                             'length': length, 'loss.chunks': 4})
 
 
@@ -89,7 +89,7 @@ def torch_worker(size: str) -> None:
 def compare(size: str, rounds: int, torch_memory: bool) -> float:
   model, batch, length, default = SIZES[size]
   rounds = rounds or default
-  memory = tunables(configs.approximate_params(config_of(size).model))
+  memory = tunables(schema.approximate_params(config_of(size).model))
   peers = {}
   for name in ('jaxlm', 'torch'):
     peers[name] = subprocess.Popen([sys.executable, __file__, f'--worker={name}', f'--size={size}'], text=True,

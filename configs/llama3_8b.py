@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 def get_config():
   return ConfigDict(dict(
       steps=40_000, batch=512, length=8192, log_every=10, save_every=500, eval_every=2000,
-      model=dict(D=4096, H=32, G=8, K=128, F=14_336, N=32, V=128_256, tied=False, rope_base=500_000., dtype='bfloat16',
+      model=dict(D=4096, H=32, G=8, K=128, F=14_336, N=32, V=128_256, tied=False, rope=dict(base=500_000.), dtype='bfloat16',
                  remat='full'),
       loss=dict(chunks=16),
       optimizer=dict(lr=3e-4, warmup=2000),

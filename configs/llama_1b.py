@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 def get_config():
   return ConfigDict(dict(
       steps=12_000, batch=512, length=4096, log_every=10, save_every=500, eval_every=1000,
-      model=dict(D=2048, H=32, G=8, K=64, F=8192, N=16, V=32_768, rope_base=500_000., dtype='bfloat16', remat='dots'),
+      model=dict(D=2048, H=32, G=8, K=64, F=8192, N=16, V=32_768, rope=dict(base=500_000.), dtype='bfloat16', remat='dots'),
       optimizer=dict(lr=6e-4, warmup=1000),
       data=dict(tokenizer='bpe:32768'),
       checkpoint=dict(keep_every=2000),

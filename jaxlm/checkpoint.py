@@ -14,9 +14,10 @@ import shutil
 import time
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm import config as configs, layout
-from jaxlm.config import CheckpointConfig, Config
+from jaxlm.schema import CheckpointConfig, Config
 from jaxlm.errors import CheckpointError, StorageError, UsageError
 
 TEMPORARY = '.orbax-checkpoint-tmp'
@@ -38,6 +39,18 @@ def run_meta(config: Config, cache, step: int) -> dict:
   versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')}
   return {'config': json.loads(configs.to_json(config)), 'examples': step * config.batch, 'data_hash': cache.hash,
           'tokenizer': cache.tokenizer.json, 'versions': versions}
+
+
+def skeleton(workdir: pathlib.Path, meta: dict) -> pathlib.Path:
+  """Makes checkpoint 0 in `workdir` with `meta` and no arrays yet → its folder for them (interop/importing.py)."""
+  checkpoints = Checkpoints(workdir)
+  checkpoints.save(0, {'params': {}}, meta)
+  checkpoints.finish()
+  checkpoints.close()
+  folder = workdir / 'checkpoints' / '0' / 'state'
+  shutil.rmtree(folder)
+  folder.mkdir()
+  return folder
 
 
 class Checkpoints:
@@ -118,14 +131,20 @@ class Checkpoints:
     say(f'checkpoint {step} was moved to {target}')
 
 
-def resume(checkpoints: Checkpoints, config: Config, cache, abstract, mesh, say=print):
+def resume(checkpoints: Checkpoints, config: Config, cache, abstract, mesh, fresh_opt, say=print):
   """(step, state) of the newest good checkpoint of this run, or None to start anew.
 
-  UsageError naming the first field in which the checkpoint is of another run, or if its data is other data.
+  An imported checkpoint has parameters only: the optimizer's state is fresh_opt(params), and the model alone must be the
+  same. UsageError naming the first field in which the checkpoint is of another run, or if its data is other data.
   """
   def read(step):
     meta = checkpoints.read_meta(step)
-    configs.refuse_change(configs.from_json(json.dumps(meta['config'])), config)
+    saved = configs.from_json(json.dumps(meta['config']))
+    if 'imported' in meta:
+      configs.refuse_other_model(saved, config)
+      params = checkpoints.read_state(step, {'params': layout.named(abstract['params'], mesh)})['params']
+      return {'params': params, 'opt': fresh_opt(params), 'step': jnp.int32(0)}
+    configs.refuse_change(saved, config)
     if meta['data_hash'] != cache.hash:
       raise UsageError(f'checkpoint {step} was trained on other tokens than the data cache holds '
                        f'(hash {meta["data_hash"][:12]}, now {cache.hash[:12]}); bring its cache back, or use another '

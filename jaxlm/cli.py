@@ -2,7 +2,10 @@
 
     jaxlm train     --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE …]
     jaxlm eval      --workdir=DIR [--data=SOURCE --step=N --context=C --stride=S --batch=B --mesh=D,F,T --json=FILE]
-    jaxlm generate  --workdir=DIR --prompt=TEXT [--max_length=100 --temperature=0.7 --seed=0 --json=FILE]
+    jaxlm generate  --workdir=DIR --prompt=TEXT [--max_length=100 --temperature=0.7 --top_k --top_p --min_p
+                    --repetition_penalty --num_beams --stop=TEXT --seed=0 --json=FILE]
+    jaxlm import    SRC --workdir=DIR [--tokenizer=FILE --vocab_multiple=128 --config.KEY=VALUE …]
+    jaxlm export    --workdir=DIR --out=DIR [--step=N --family=llama --dtype=bfloat16]
     jaxlm data      build | show | stats   --config=FILE --workdir=DIR [--step=N]
     jaxlm doctor
 
@@ -17,6 +20,7 @@ from absl import flags, logging
 from jaxlm import config as configs
 from jaxlm.errors import JaxlmError, UsageError
 from jaxlm.memory import restart_with_kept_memory
+from jaxlm.schema import MeshConfig, approximate_params
 from jaxlm.signals import Signals
 
 
@@ -25,11 +29,19 @@ def _flag_values(command: str) -> flags.FlagValues:
   f = flags.FlagValues()
   if command != 'doctor':
     flags.DEFINE_string('workdir', None, 'the folder of the run', flag_values=f)
+  if command == 'import':
+    flags.DEFINE_string('tokenizer', None, 'a tokenizer.json (default: the source\'s own)', flag_values=f)
+    flags.DEFINE_integer('vocab_multiple', 1, 'rows of the vocabulary are padded to a multiple of this', flag_values=f)
+  if command == 'export':
+    flags.DEFINE_string('out', None, 'the folder to write', flag_values=f)
+    flags.DEFINE_string('family', None, 'model_type to write (default: what it came from, else the first that holds it)',
+                        flag_values=f)
+    flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'of the tensors', flag_values=f)
   if command in ('train', 'data'):
     flags.DEFINE_string('config', None, 'configs/FILE.py[:ARGUMENT]; --config.KEY=VALUE overrides', flag_values=f)
-  if command in ('eval', 'generate', 'data'):
+  if command in ('eval', 'generate', 'export', 'data'):
     flags.DEFINE_integer('step', None, 'the step (default: the newest checkpoint; data show: 0)', flag_values=f)
-  if command in ('eval', 'generate'):
+  if command in ('eval', 'generate', 'export'):
     flags.DEFINE_string('mesh', None, 'devices DATA,FSDP,TENSOR (default: the run\'s)', flag_values=f)
     flags.DEFINE_string('json', None, 'write the result to this file too', flag_values=f)
   if command == 'eval':
@@ -43,6 +55,13 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_multi_string('prompt', None, 'a text to go on from; may be given again', flag_values=f)
     flags.DEFINE_integer('max_length', 100, 'new tokens at most', flag_values=f)
     flags.DEFINE_float('temperature', 0.7, '0 is greedy', flag_values=f)
+    flags.DEFINE_integer('top_k', 0, 'draw from the k likeliest tokens; 0: all', flag_values=f)
+    flags.DEFINE_float('top_p', 1., 'draw from the fewest tokens that together have this probability', flag_values=f)
+    flags.DEFINE_float('min_p', 0., 'draw from tokens at least this share as likely as the likeliest', flag_values=f)
+    flags.DEFINE_float('repetition_penalty', 1., 'divides the logits of tokens already there; 1: off', flag_values=f)
+    flags.DEFINE_integer('num_beams', 1, 'above 1: beam search', flag_values=f)
+    flags.DEFINE_float('length_penalty', 1., 'beam search: scores are divided by length to this power', flag_values=f)
+    flags.DEFINE_multi_string('stop', [], 'a text to stop before; may be given again', flag_values=f)
     flags.DEFINE_integer('seed', 0, 'of the sampling', flag_values=f)
   return f
 
@@ -64,9 +83,11 @@ def _parse(command: str, argv: list[str]):
     positional = f(['jaxlm', *rest])[1:]
   except flags.Error as e:
     raise UsageError(f'{command}: {str(e).splitlines()[0]}') from e
-  if overrides and command not in ('train', 'data'):
+  if overrides and command not in ('train', 'data', 'import'):
     raise UsageError(f'{command}: --config.{overrides[0][0]} belongs to train; {command} uses the config of the run')
-  for name in ('workdir', 'config', 'prompt'):
+  if command == 'train' and f.workdir and not f.config and (pathlib.Path(f.workdir) / 'config.json').is_file():
+    f.config = f'{f.workdir}/config.json'  # of an import, or of the run that goes on
+  for name in ('workdir', 'config', 'prompt', 'out'):
     if name in f and not f[name].value:
       raise UsageError(f'{command}: wants --{name}=…')
   return f, overrides, positional
@@ -74,7 +95,7 @@ def _parse(command: str, argv: list[str]):
 
 def _train(f, overrides):
   config = configs.load(f.config, overrides)
-  restart_with_kept_memory(configs.approximate_params(config.model))
+  restart_with_kept_memory(approximate_params(config.model))
   with Signals():  # so that a signal while jax is imported is no traceback either
     from jaxlm import train  # pylint: disable=g-import-not-at-top  # jax is imported once the config is good
     train.train(config, pathlib.Path(f.workdir))
@@ -86,7 +107,7 @@ def _load(f):
     parts = f.mesh.split(',')
     if len(parts) != 3 or not all(p.lstrip('-').isdigit() for p in parts):
       raise UsageError(f'--mesh={f.mesh}: wants three counts DATA,FSDP,TENSOR, as 1,-1,1')
-    mesh = configs.MeshConfig(*map(int, parts))
+    mesh = MeshConfig(*map(int, parts))
   if not pathlib.Path(f.workdir).is_dir():
     raise UsageError(f'--workdir={f.workdir}: no such folder')
   restart_with_kept_memory()
@@ -116,12 +137,18 @@ def _eval(f, overrides):
 def _generate(f, overrides):
   lm = _load(f)
   from jaxlm import report  # pylint: disable=g-import-not-at-top
-  texts = lm.generate(f.prompt, f.max_length, f.temperature, f.seed)
-  for prompt, text in zip(f.prompt, texts):
-    report.print_sample(prompt, text)
+  sampling = {name: f[name].value for name in ('top_k', 'top_p', 'min_p', 'repetition_penalty', 'num_beams',
+                                               'length_penalty')}
+  if len(f.prompt) == 1 and f.num_beams == 1:  # one text appears as it is made
+    with report.streaming(f.prompt[0]) as stream:
+      texts = lm.generate(f.prompt, f.max_length, f.temperature, f.seed, f.stop, stream, **sampling)
+  else:
+    texts = lm.generate(f.prompt, f.max_length, f.temperature, f.seed, f.stop, **sampling)
+    for prompt, text in zip(f.prompt, texts):
+      report.print_sample(prompt, text)
   if f.json:
     _write_json(f.json, {'prompts': f.prompt, 'texts': texts, 'step': lm.step, 'seed': f.seed,
-                         'temperature': f.temperature})
+                         'temperature': f.temperature, **sampling})
 
 
 def _data(f, overrides, what):
@@ -135,7 +162,20 @@ def _doctor(f, overrides):
   report.doctor()
 
 
-COMMANDS = {'train': _train, 'eval': _eval, 'generate': _generate, 'data': _data, 'doctor': _doctor}
+def _import(f, overrides, source):
+  from jaxlm import report  # pylint: disable=g-import-not-at-top
+  from jaxlm.interop import importing
+  importing.run(source, pathlib.Path(f.workdir), f.tokenizer, f.vocab_multiple, overrides, report.say)
+
+
+def _export(f, overrides):
+  lm = _load(f)
+  from jaxlm.interop import exporting  # pylint: disable=g-import-not-at-top
+  exporting.run(lm, pathlib.Path(f.out), f.family, f.dtype)
+
+
+COMMANDS = {'train': _train, 'eval': _eval, 'generate': _generate, 'data': _data, 'import': _import, 'export': _export,
+            'doctor': _doctor}
 DATA_WORDS = ('build', 'show', 'stats')
 
 
@@ -151,6 +191,9 @@ def run(argv: list[str]) -> None:
   if command == 'data':
     if len(words) != 1 or words[0] not in DATA_WORDS:
       raise UsageError(f'data {" ".join(words)}: wants one of {", ".join(DATA_WORDS)}')
+  elif command == 'import':
+    if len(words) != 1:
+      raise UsageError('import: wants one source, a Hugging Face folder or a GGUF file')
   elif words:
     raise UsageError(f'{command}: {words[0]!r} is no flag; flags are --name=value')
   COMMANDS[command](f, overrides, *words)

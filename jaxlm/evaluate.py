@@ -1,6 +1,6 @@
 """How good a model is on a text: nats per token, perplexity, and bits per byte of the original bytes.
 
-A document is [boundary, t1 … tn]: each of its n tokens is scored exactly once, given what precedes it in the document.
+A document is [opening, t1 … tn] (the tokenizer says what opens one): each of its n tokens is scored exactly once, given what precedes it in the document.
 A document longer than the context C is read in windows that end C, C + S, C + 2S, … tokens in (S the stride): after
 the first, a window scores its last S tokens with at least C − S before them. Windows are packed into rows, apart from
 each other by segment; the result does not depend on how many rows go at a time, nor on the mesh.
@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
-from jaxlm.config import Config
+from jaxlm.schema import Config
 from jaxlm.data import pipeline, sources
 from jaxlm.errors import UsageError
 from jaxlm.loss import per_token_nll
-from jaxlm.models.decoder import Decoder
+from jaxlm.models.decoder import forward
 from jaxlm.models.ngram import NGram
 
 
@@ -26,10 +26,8 @@ def make_nll(config: Config):
   """Jitted (params, batch [B, L]) → −log p of each target, float32 [B, L] on the host, 0 where its weight is 0."""
   @jax.jit
   def nll(params, batch):
-    x_BLD, unembed_VD = Decoder(config.model).apply({'params': params}, batch['tokens'], batch['positions'],
-                                                    batch['segments'])
-    return per_token_nll(config.loss.chunks, not config.model.scan, x_BLD, unembed_VD,
-                         batch['targets']) * batch['weights']
+    x_BLD, unembed_VD, _ = forward(config.model, params, batch['tokens'], batch['positions'], batch['segments'])
+    return per_token_nll(config.model, config.loss, x_BLD, unembed_VD, batch['targets']) * batch['weights']
   return lambda params, batch: jax.device_get(nll(params, batch))
 
 
@@ -68,7 +66,7 @@ class Window:
 
 
 def windows(ids: np.ndarray, context: int, stride: int) -> Iterator[Window]:
-  """Windows of [boundary, t1 … tn] in which every t is scored once (see the module's text)."""
+  """Windows of [opening, t1 … tn] in which every t is scored once (see the module's text)."""
   n, end = len(ids) - 1, 0
   while end < n:
     new_end = min(context if end == 0 else end + stride, n)
@@ -123,7 +121,7 @@ def evaluate(lm, documents: Iterable[tuple[str, str]], context: int, stride: int
 
   def all_windows():
     for _, text in documents:
-      ids = np.array([lm.tokenizer.boundary, *lm.tokenizer.encode(text)], np.int32)
+      ids = np.array([lm.tokenizer.opening, *lm.tokenizer.encode(text)], np.int32)
       totals['documents'] += 1
       totals['bytes'] += len(text.encode())
       if progress:

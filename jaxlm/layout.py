@@ -9,7 +9,8 @@ import numpy as np
 from jax import P
 from jax.sharding import AxisType, Mesh
 
-from jaxlm.config import Config, MeshConfig, check_mesh
+from jaxlm.schema import Config, MeshConfig
+from jaxlm.validate import check_mesh
 from jaxlm.errors import UsageError
 
 AXES = ('data', 'fsdp', 'tensor')

@@ -1,16 +1,18 @@
 """A trained model as a Python object: `lm = jaxlm.load(workdir)`."""
 import dataclasses
+import functools
 import pathlib
 
 import jax
 import numpy as np
 
 from jaxlm import checkpoint, generate, layout
-from jaxlm.config import Config, MeshConfig
+from jaxlm.schema import Config, MeshConfig
 from jaxlm.data import pipeline
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.metrics import say
-from jaxlm.models import decoder
+from jaxlm.models import cache, decoder
+from jaxlm.sampling import Sampling
 
 
 _logits = jax.jit(decoder.logits, static_argnums=0)
@@ -35,9 +37,24 @@ class LM:
       out_BLV = _logits(self.config.model, self.params, batch['tokens'], batch['positions'], batch['segments'])
     return np.asarray(jax.device_get(out_BLV), np.float32)[:rows]
 
-  def generate(self, prompts: list[str], max_length: int = 100, temperature: float = 0.7, seed: int = 0) -> list[str]:
-    """Continuations of the prompts: up to max_length new tokens each; temperature 0 is greedy."""
-    return generate.generate(self, prompts, max_length, temperature, seed)
+  def generate(self, prompts: list[str], max_length: int = 100, temperature: float = 0.7, seed: int = 0, stop=(),
+               stream=None, **sampling) -> list[str]:
+    """Continuations of the prompts: up to max_length new tokens each; temperature 0 is greedy.
+
+    sampling: the other fields of sampling.Sampling (top_k, top_p, num_beams, …); stop, stream: as generate.generate.
+    """
+    return generate.generate(self, prompts, max_length, Sampling(temperature, **sampling), seed, stop, stream)
+
+  @functools.cached_property
+  def decoding_params(self) -> dict:
+    """The parameters as models/cache.py takes them: a second copy, made when something is first generated."""
+    with jax.set_mesh(self.mesh):
+      return cache.prepare(self.config.model, self.params)
+
+  @functools.cached_property
+  def stop_ids(self) -> set[int]:
+    """Tokens that end a text: the boundary, and those of data.stop."""
+    return {self.tokenizer.boundary, *self.tokenizer.ids_of(self.config.data.stop.split())}
 
   @property
   def rows_multiple(self) -> int:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import layout
-from jaxlm.models.decoder import UNEMBED, unembed
+from jaxlm.models.decoder import UNEMBED, finish_logits, unembed
 from jaxlm.models.layers import contract_gradients, use
+from jaxlm.schema import LossConfig, ModelConfig
 
 
 def token_nll(logits_BLV, targets_BL):
@@ -22,14 +23,15 @@ def token_nll(logits_BLV, targets_BL):
   return log_z_BL - picked_BL, log_z_BL
 
 
-def _piece(z_loss, logits_BLV, targets_BL, weights_BL):
-  nll_BL, log_z_BL = token_nll(logits_BLV, targets_BL)
+def _piece(cfg, z_loss, logits_BLV, targets_BL, weights_BL):
+  nll_BL, log_z_BL = token_nll(finish_logits(cfg, logits_BLV), targets_BL)
   nll = jnp.sum(nll_BL * weights_BL)
   return nll + z_loss * jnp.sum(log_z_BL ** 2 * weights_BL), nll
 
 
 def _pieces(chunks, unroll, body, carry, arrays):
-  """scan `body` over arrays [B, L, …] cut into `chunks` along L → (carry, ys [B, L, …])."""
+  """scan `body` over arrays [B, L, …] cut into `chunks` along L → (carry, ys [B, L, …]); `unroll` makes the loop
+  straight-line code, which is faster on CPU."""
   cut = tuple(jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0) for a in arrays)
   carry, ys = jax.lax.scan(body, carry, cut, unroll=chunks if unroll else 1)
   if ys is None:
@@ -38,41 +40,40 @@ def _pieces(chunks, unroll, body, carry, arrays):
   return carry, y.reshape(y.shape[0], -1, *y.shape[3:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def cross_entropy(chunks: int, unroll: bool, z_loss: float, x_BLD, unembed_VD, targets_BL, weights_BL):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def cross_entropy(cfg: ModelConfig, how: LossConfig, x_BLD, unembed_VD, targets_BL, weights_BL):
   """(loss, nll): Σ weights · (nll + z_loss · log²Z), and Σ weights · nll, in nats, float32 scalars.
 
   x_BLD hidden states (any float dtype), unembed_VD float32, targets_BL int32 in [0, V), weights_BL float32.
-  `chunks` divides L; `unroll` makes the loop straight-line code (faster on CPU). Differentiable in x and unembed,
-  through `loss` only.
+  how.chunks divides L. Differentiable in x and unembed, through `loss` only.
   """
   w_VD = use(unembed_VD, 'VD', x_BLD.dtype)
 
   def body(sums, piece):
     x, targets, weights = piece
-    loss, nll = _piece(z_loss, unembed(x, w_VD), targets, weights)
+    loss, nll = _piece(cfg, how.z_loss, unembed(x, w_VD), targets, weights)
     return (sums[0] + loss, sums[1] + nll), None
-  sums, _ = _pieces(chunks, unroll, body, (jnp.float32(0), jnp.float32(0)), (x_BLD, targets_BL, weights_BL))
+  sums, _ = _pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), jnp.float32(0)), (x_BLD, targets_BL, weights_BL))
   return sums
 
 
-def _forward(chunks, unroll, z_loss, x_BLD, unembed_VD, targets_BL, weights_BL):
+def _forward(cfg, how, x_BLD, unembed_VD, targets_BL, weights_BL):
   def body(carry, piece):
     x, targets, weights = piece
-    (loss, nll), g_BLV = jax.value_and_grad(functools.partial(_piece, z_loss), has_aux=True)(
+    (loss, nll), g_BLV = jax.value_and_grad(functools.partial(_piece, cfg, how.z_loss), has_aux=True)(
         unembed(x, w_VD), targets, weights)
     dx, dw_VD = contract_gradients(UNEMBED, 'gathered', x, w_VD, g_BLV)
     return (carry[0] + loss, carry[1] + nll, carry[2] + dw_VD), dx
   w_VD = use(unembed_VD, 'VD', x_BLD.dtype)  # gathered once, not a piece at a time
   zero_VD = jnp.zeros_like(w_VD, jnp.float32)
-  (loss, nll, dw_VD), dx_BLD = _pieces(chunks, unroll, body, (jnp.float32(0), jnp.float32(0), zero_VD),
+  (loss, nll, dw_VD), dx_BLD = _pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), jnp.float32(0), zero_VD),
                                        (x_BLD, targets_BL, weights_BL))
   scatter = jax.linear_transpose(lambda w_VD: use(w_VD, 'VD', jnp.float32), unembed_VD)
   return (loss, nll), (dx_BLD, *scatter(dw_VD))
 
 
-def _backward(chunks, unroll, z_loss, gradients, cotangents):
-  del chunks, unroll, z_loss
+def _backward(cfg, how, gradients, cotangents):
+  del cfg, how
   dx_BLD, dw_VD = gradients
   g = cotangents[0]  # nll is reported, never differentiated
   return (dx_BLD * g).astype(dx_BLD.dtype), dw_VD * g, None, None
@@ -81,11 +82,11 @@ def _backward(chunks, unroll, z_loss, gradients, cotangents):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def per_token_nll(chunks: int, unroll: bool, x_BLD, unembed_VD, targets_BL):
+def per_token_nll(cfg: ModelConfig, how: LossConfig, x_BLD, unembed_VD, targets_BL):
   """−log p(target) of each token, float32 [B, L], a piece at a time as in cross_entropy; for evaluation."""
   w_VD = use(unembed_VD, 'VD', x_BLD.dtype)
 
   def body(carry, piece):
     x, targets = piece
-    return carry, token_nll(unembed(x, w_VD), targets)[0]
-  return _pieces(chunks, unroll, body, None, (x_BLD, targets_BL))[1]
+    return carry, token_nll(finish_logits(cfg, unembed(x, w_VD)), targets)[0]
+  return _pieces(how.chunks, not cfg.scan, body, None, (x_BLD, targets_BL))[1]

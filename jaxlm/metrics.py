@@ -6,11 +6,12 @@ import pathlib
 import sys
 import time
 
+import numpy as np
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxlm.config import Config, ModelConfig
+from jaxlm.schema import Config, ModelConfig, layer_kinds
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -21,13 +22,18 @@ def say(text: str) -> None:
 
 
 def flops_per_token(m: ModelConfig, params: int, length: int) -> float:
-  """Model FLOPs of a training step, a token: 6 · (weights in matmuls) + 6 · N · L · H · K.
+  """Model FLOPs of a training step, a token: 6 · (weights in matmuls that a token meets) + attention's.
 
-  Forward is 2 a weight, backward twice that. Attention's scores and mix are 4 · L · H · K a layer forward, of which
-  causality needs half. An embedding that is only looked up is no matmul; recomputation is not counted.
+  Forward is 2 a weight, backward twice that. A layer's scores and mix are 2 · (head dims of keys and of values) · H a
+  token seen, forward; a token sees L/2 others on average, w · (1 − w/2L) through a window of w. An embedding that is
+  only looked up is no matmul, an expert that is not chosen does nothing; recomputation is not counted.
   """
+  kinds = layer_kinds(m)
+  idle = sum(feed == 'moe' for _, feed in kinds) * 3 * m.D * m.moe.F * (m.moe.E - m.moe.top_k)
   looked_up = m.P * m.D + (0 if m.tied else m.V * m.D)
-  return 6. * (params - looked_up) + 6. * m.N * length * m.H * m.K
+  w = min(m.window, length)
+  seen = sum(w * (1 - w / 2 / length) if where == 'local' else length / 2 for where, _ in kinds)
+  return 6. * (params - looked_up - idle) + 6. * m.H * (m.K + (m.mla.v or m.K)) * seen
 
 
 class Timer:
@@ -79,10 +85,10 @@ class Log:
       os.replace(fresh, self._path)
 
   def add(self, step: int, sums: dict) -> None:
-    """`sums` of step (counted from 1), on the host: nll and tokens are summed, norms are the last step's."""
+    """`sums` of step (counted from 1), on the host: sums and counts are added up, norms are the last step's."""
     for name, value in sums.items():
-      adds = name in ('loss', 'nll', 'tokens')
-      self._sums[name] = (self._sums.get(name, 0.) if adds else 0.) + float(value)
+      adds = name in ('loss', 'nll', 'tokens', 'load')
+      self._sums[name] = (self._sums.get(name, 0.) if adds else 0.) + np.asarray(value, np.float64)
     self._sums['steps'] = self._sums.get('steps', 0) + 1
     if step % self._config.log_every == 0 or step == self._config.steps:
       self._flush(step)
@@ -93,11 +99,15 @@ class Log:
     sums, seconds = self._sums, time.time() - self._since
     tokens, c = sums['tokens'], self._config
     speed = sums['steps'] * c.batch * c.length / seconds
+    loads = {}
+    if 'load' in sums:  # choices an expert, as multiples of its layer's mean
+      share_NE = sums['load'] / sums['load'].mean(-1, keepdims=True)
+      loads = {'expert_load_max': float(share_NE.max()), 'expert_load_min': float(share_NE.min())}
     self.write(step, {
-        'loss': sums['nll'] / max(tokens, 1), 'objective': sums['loss'] / max(tokens, 1),
+        'loss': float(sums['nll'] / max(tokens, 1)), 'objective': float(sums['loss'] / max(tokens, 1)),
         'tokens': step * c.batch * c.length, 'tokens_per_second': speed, 'step_seconds': seconds / sums['steps'],
-        'model_flops_per_second': speed * self._flops, 'grad_norm': sums['grad_norm'],
-        'param_norm': sums['param_norm'], 'learning_rate': sums['learning_rate']})
+        'model_flops_per_second': speed * self._flops, 'grad_norm': float(sums['grad_norm']),
+        'param_norm': float(sums['param_norm']), 'learning_rate': float(sums['learning_rate']), **loads})
     self._sums, self._since = {}, time.time()
 
   def write(self, step: int, values: dict) -> None:

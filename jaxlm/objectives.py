@@ -2,17 +2,23 @@
 
 A batch is a dict of arrays [B, L] (see data/packing.py): tokens, targets, segments, positions int32; weights float32.
 """
-from jaxlm.config import Config
 from jaxlm.loss import cross_entropy
-from jaxlm.models.decoder import Decoder
+from jaxlm.models import decoder
+from jaxlm.schema import Config
 
 
 def causal_lm(config: Config, params, batch, dropout_key=None):
-  """Next-token prediction. Returns (Σ loss, {'nll': Σ nats, 'tokens': Σ weights}); dropout only with a key."""
-  train = dropout_key is not None
-  x_BLD, unembed_VD = Decoder(config.model).apply(
-      {'params': params}, batch['tokens'], batch['positions'], batch['segments'], train,
-      rngs={'dropout': dropout_key} if train else None)
-  loss, nll = cross_entropy(config.loss.chunks, not config.model.scan, config.loss.z_loss, x_BLD, unembed_VD,
-                            batch['targets'], batch['weights'])
-  return loss, {'nll': nll, 'tokens': batch['weights'].sum()}
+  """Next-token prediction. Returns (Σ loss, {'nll': Σ nats, 'tokens': Σ weights}); dropout only with a key.
+
+  A mixture's router losses are means over tokens, so they enter times the tokens; {'load': choices an expert, [N, E]}
+  is reported too. They are means of a microbatch: with mixtures, the number of microbatches is part of the objective.
+  """
+  x_BLD, unembed_VD, reports = decoder.forward(config.model, params, batch['tokens'], batch['positions'],
+                                               batch['segments'], dropout_key)
+  loss, nll = cross_entropy(config.model, config.loss, x_BLD, unembed_VD, batch['targets'], batch['weights'])
+  sums = {'nll': nll, 'tokens': batch['weights'].sum()}
+  if reports:
+    moe = config.model.moe
+    loss += sums['tokens'] * (moe.balance_loss * reports['balance'].sum() + moe.z_loss * reports['z'].sum())
+    sums['load'] = reports['load_E']
+  return loss, sums

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.config import OptimizerConfig
+from jaxlm.schema import OptimizerConfig
 
 # Each: (t, T, config) → the share of lr at step t of T, t from 1, both float32; warmup is applied on top.
 SCHEDULES = {

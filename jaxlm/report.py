@@ -41,6 +41,21 @@ def print_sample(prompt: str, text: str) -> None:
   console.print(f'[bold]{_escape(prompt)}[/bold]{_escape(text)}', markup=True)
 
 
+@contextlib.contextmanager
+def streaming(prompt: str):
+  """Yields show(text so far), which prints what is new in it; a character that is not whole yet waits."""
+  shown = 0
+  console.print(f'[bold]{_escape(prompt)}[/bold]', markup=True, end='')
+
+  def show(text: str) -> None:
+    nonlocal shown
+    whole = text.rstrip('\ufffd')
+    console.print(whole[shown:], markup=False, end='')
+    shown = max(shown, len(whole))
+  yield show
+  console.print()
+
+
 def _escape(text: str) -> str:
   return text.replace('[', r'\[')
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm import layout
-from jaxlm.config import Config
+from jaxlm.schema import Config, MoeConfig
 from jaxlm.models.decoder import init_params
 from jaxlm.objectives import causal_lm
 
@@ -28,6 +28,15 @@ def _microbatches(count: int, batch):
   return jax.tree.map(deal, batch)
 
 
+def even_out(moe: MoeConfig, params, sums):
+  """The routers' biases, moved towards equal loads of the experts (DeepSeek-V3, §2.1.2); no gradient reaches them."""
+  if not moe.bias_rate:
+    return params
+  load_NE, mixtures = sums['load'], params['layers']['moe']
+  moved_NE = mixtures['bias'] + moe.bias_rate * jnp.sign(load_NE.mean(-1, keepdims=True) - load_NE)
+  return {**params, 'layers': {**params['layers'], 'moe': {**mixtures, 'bias': moved_NE}}}
+
+
 def make_step(config: Config, tx, schedule, objective=causal_lm):
   """(state, batch) → (state, sums): one update, to be jitted with the state donated.
 
@@ -37,25 +46,28 @@ def make_step(config: Config, tx, schedule, objective=causal_lm):
   def train_step(state, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), state['step']) if config.model.dropout else None
 
-    def gradient(carry, piece):
-      index, micro = piece
+    def gradient(index, micro):
       micro_key = jax.random.fold_in(key, index) if key is not None else None
       loss_fn = lambda params: objective(config, params, micro, micro_key)
       (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state['params'])
-      return jax.tree.map(jnp.add, carry, (grads, {'loss': loss, **sums})), None
+      return grads, {'loss': loss, **sums}
 
-    zeros = (jax.tree.map(jnp.zeros_like, state['params']), {k: jnp.float32(0) for k in ('loss', 'nll', 'tokens')})
     count = config.microbatches
     if count == 1:
-      (grads, sums), _ = gradient(zeros, (0, batch))
+      grads, sums = gradient(0, batch)
     else:
-      (grads, sums), _ = jax.lax.scan(gradient, zeros, (jnp.arange(count), _microbatches(count, batch)))
+      pieces = (jnp.arange(count), _microbatches(count, batch))
+      shapes = jax.eval_shape(gradient, *jax.tree.map(lambda a: a[0], pieces))[1]
+      zeros = (jax.tree.map(jnp.zeros_like, state['params']), jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
+      (grads, sums), _ = jax.lax.scan(lambda carry, piece: (jax.tree.map(jnp.add, carry, gradient(*piece)), None),
+                                      zeros, pieces)
     grads = jax.tree.map(lambda g: g / jnp.maximum(sums['tokens'], 1), grads)
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     updates, opt = tx.update(grads, state['opt'], state['params'])
-    new = {'params': optax.apply_updates(state['params'], updates), 'opt': opt, 'step': state['step'] + 1}
+    params = even_out(config.model.moe, optax.apply_updates(state['params'], updates), sums)
+    new = {'params': params, 'opt': opt, 'step': state['step'] + 1}
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return new, {**sums, 'grad_norm': grad_norm, 'param_norm': optax.tree.norm(new['params']),
                  'learning_rate': schedule(state['step']), 'finite': finite.astype(jnp.float32)}

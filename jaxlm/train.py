@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm import config as configs, evaluate, layout, metrics
 from jaxlm.checkpoint import Checkpoints, resume, run_meta
-from jaxlm.config import Config
+from jaxlm.schema import Config
 from jaxlm.data import pipeline as pipelines
 from jaxlm.errors import JaxlmError, Preempted, StorageError
 from jaxlm.metrics import say
@@ -62,7 +62,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
     pipeline = pipelines.make(config, cache)
     timer.mark('data')
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    restored = resume(checkpoints, config, cache, abstract, mesh, say)
+    restored = resume(checkpoints, config, cache, abstract, mesh, jax.jit(tx.init), say)
     (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
     start, state = restored or (0, _fresh_state(config, tx))
     timer.mark('restore' if restored else 'init')

@@ -3,10 +3,10 @@ import jax
 import numpy as np
 
 from jaxlm import config as configs, layout
-from jaxlm.config import MeshConfig, ModelConfig
+from jaxlm.schema import Config, MeshConfig, ModelConfig
 
 LLAMA = dict(D=32, H=8, G=4, K=8, F=64, N=3, V=264)
-GPT2 = dict(LLAMA, G=8, K=4, P=64, norm='layer', position='learned', mlp='gelu', bias=True)
+GPT2 = dict(LLAMA, G=8, K=4, P=64, norm='layer', position='learned', mlp='gelu', bias='all')
 MODELS = {'llama': LLAMA, 'gpt2': GPT2}
 MESHES = [(1, 1, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)]  # data, fsdp, tensor
 
@@ -19,14 +19,14 @@ def model(family: str = 'llama', **changes) -> ModelConfig:
   return ModelConfig(**{**MODELS[family], **changes})
 
 
-def config(family: str = 'llama', **changes) -> configs.Config:
+def config(family: str = 'llama', **changes) -> Config:
   """A tiny run; changes by flat key, as {'optimizer.lr': 1e-2}."""
   flat = {f'model.{k}': v for k, v in MODELS[family].items()}
   return configs.from_flat({**flat, 'batch': 8, 'length': 32, 'loss.chunks': 4, 'optimizer.warmup': 2,
                             'optimizer.lr': 1e-2, 'data.tokenizer': 'bytes', **changes})
 
 
-def batch(c: configs.Config, seed: int = 0, ragged: bool = True) -> dict[str, np.ndarray]:
+def batch(c: Config, seed: int = 0, ragged: bool = True) -> dict[str, np.ndarray]:
   """A packed batch as data/packing.py makes it; ragged: rows have different numbers of segments and weights."""
   rng = np.random.default_rng(seed)
   tokens_BM = rng.integers(0, c.model.V, (c.batch, c.length + 1), dtype=np.int32)

@@ -127,7 +127,7 @@ def test_a_folder_with_no_step_in_it_is_not_a_fresh_start(texts, tmp_path):
 
 
 @pytest.mark.parametrize('change', [
-    {'model.N': 2}, {'model.rope_base': 500.}, {'model.H': 16}, {'model.norm': 'layer'}, {'optimizer.name': 'muon'},
+    {'model.N': 2}, {'model.rope.base': 500.}, {'model.H': 16}, {'model.norm': 'layer'}, {'optimizer.name': 'muon'},
     {'optimizer.lr': 0.1}, {'seed': 7}, {'batch': 16}, {'length': 64}])
 def test_a_checkpoint_of_another_run_names_the_first_field_that_differs(texts, copy, change):
   key, value = next(iter(change.items()))
@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(texts, tmp_path):
 
 def test_held_out_loss_in_training_is_the_mean_over_its_windows(texts, tmp_path):
   from jaxlm import lm as lms
-  from jaxlm.config import MeshConfig
+  from jaxlm.schema import MeshConfig
   c = run_config(texts, eval_every=6, eval_windows=10)
   training.train(c, tmp_path)
   found = {m['step']: m['heldout_loss'] for m in metrics(tmp_path) if 'heldout_loss' in m}

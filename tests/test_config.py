@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxlm import config as configs, layout
+from jaxlm import config as configs, layout, schema
 from jaxlm.errors import UsageError
 from jaxlm.models import decoder
 from jaxlm.optimizer import make_optimizer
@@ -116,7 +116,7 @@ def test_every_config_builds_its_state_for_256_devices(path):
       replicated = a.sharding is None or all(axis is None for axis in a.sharding.spec)
       assert not replicated or a.size <= 2 ** 20, a
     count = decoder.count_params(c.model)
-  assert 0 <= count - configs.approximate_params(c.model) < 0.002 * count
+  assert 0 <= count - schema.approximate_params(c.model) < 0.002 * count
   name = path.removeprefix('configs/').removesuffix('.py')
   if name in PUBLISHED:
     assert count == PUBLISHED[name]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from jaxlm.config import DataConfig
+from jaxlm.schema import DataConfig
 from jaxlm.data import packing, pipeline, sources, tokenizer
 from jaxlm.errors import UsageError
 from tests import common
@@ -219,7 +219,7 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self):
     for i in range(20): yield i, {{'text': f'example {{i}} ü'}}
 Tiny(data_dir={str(tmp_path)!r}, file_format='array_record').download_and_prepare()
-from jaxlm.config import DataConfig
+from jaxlm.schema import DataConfig
 from jaxlm.data import sources
 for source in ('tfds:tiny/train', 'tfds:tiny:1.0.0/train[:5]'):
   print(*sorted(t for _, t in sources.documents(source, DataConfig(), 'all')), sep=',')

@@ -132,7 +132,7 @@ def test_eval_json_and_python_agree(texts, trained, tmp_path):
           'xz_bits_per_byte', 'fivegram_bits_per_byte'} <= set(result)
   assert result['step'] == STEPS and result['tokens'] == result['bytes']
   from jaxlm import evaluate
-  from jaxlm.config import MeshConfig
+  from jaxlm.schema import MeshConfig
   lm = jaxlm.load(workdir, mesh=MeshConfig(1, 8, 1))
   _, documents = evaluate.source_documents('heldout', lm.config)
   again = evaluate.evaluate(lm, documents, lm.config.length, 8, 24)

@@ -5,7 +5,7 @@ from jax import P
 from jax.sharding import AxisType
 
 from jaxlm import layout
-from jaxlm.config import MeshConfig
+from jaxlm.schema import MeshConfig
 from jaxlm.errors import UsageError
 
 

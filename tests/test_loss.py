@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 
 from jaxlm import layout, loss
+from jaxlm.schema import LossConfig, ModelConfig
 from tests import common
 
 B, L, D, V = 8, 16, 8, 24
+
+
+def cross_entropy(chunks, scan=True, z_loss=0., **model):
+  return functools.partial(loss.cross_entropy, ModelConfig(V=V, scan=scan, **model), LossConfig(chunks, z_loss))
 
 
 def arrays():
@@ -41,7 +46,7 @@ def plain_jax(z, x, w, targets, weights):
 def test_value_and_gradient_equal_the_plain_loss(mesh_sizes, chunks, unroll):
   with jax.set_mesh(common.mesh_of(*mesh_sizes)):
     args = arrays()
-    f = jax.jit(functools.partial(loss.cross_entropy, chunks, unroll, 1e-2))
+    f = jax.jit(cross_entropy(chunks, not unroll, 1e-2))
     host = [np.asarray(a) for a in jax.device_get(args)]
     np.testing.assert_allclose(f(*args), plain(1e-2, *host), rtol=2e-6)
     got = jax.jit(jax.grad(lambda x, w: 3 * f(x, w, *args[2:])[0], (0, 1)))(*args[:2])
@@ -73,15 +78,15 @@ def test_all_logits_never_exist_at_once(one_device):
   """Forward and backward hold at most a chunk of [B, L, V]; with one chunk the same search does find it whole."""
   args = arrays()
   for chunks, whole in ((4, False), (1, True)):
-    f = jax.grad(lambda x, w: loss.cross_entropy(chunks, False, 0., x, w, *args[2:])[0], (0, 1))
+    f = jax.grad(lambda x, w: cross_entropy(chunks)(x, w, *args[2:])[0], (0, 1))
     sizes = [int(np.prod(s)) for s in shapes(jax.make_jaxpr(f)(*args[:2]).jaxpr)]
     assert (max(sizes) >= B * L * V) == whole
 
 
 def test_per_token_nll_sums_to_the_loss(one_device):
   x, w, targets, weights = arrays()
-  nll_BL = jax.jit(functools.partial(loss.per_token_nll, 4, False))(x, w, targets)
-  np.testing.assert_allclose(jnp.sum(nll_BL * weights), loss.cross_entropy(4, False, 0., x, w, targets, weights)[1],
+  nll_BL = jax.jit(functools.partial(loss.per_token_nll, ModelConfig(V=V), LossConfig(4)))(x, w, targets)
+  np.testing.assert_allclose(jnp.sum(nll_BL * weights), cross_entropy(4)(x, w, targets, weights)[1],
                              rtol=1e-6)
 
 
@@ -89,9 +94,26 @@ def test_gradient_of_the_matrix_is_float32_under_bfloat16_compute(one_device):
   """Only the operands are rounded to bfloat16: the sum over tokens and over pieces is not."""
   x, w, targets, weights = arrays()
   x = x.astype(jnp.bfloat16)
-  got = jax.jit(jax.grad(lambda x, w: loss.cross_entropy(4, False, 0., x, w, targets, weights)[0], 1))(x, w)
+  got = jax.jit(jax.grad(lambda x, w: cross_entropy(4)(x, w, targets, weights)[0], 1))(x, w)
   rounded = lambda a: np.asarray(jax.device_get(a).astype(jnp.bfloat16), np.float32)
   logits = rounded(x) @ rounded(w).T
   g = jax.nn.softmax(logits) - jax.nn.one_hot(jax.device_get(targets), V)
   g = rounded(g * jax.device_get(weights)[..., None])
   np.testing.assert_allclose(got, np.einsum('BLV,BLD->VD', g, rounded(x)), rtol=1e-5, atol=1e-2 / B / L)
+
+
+def test_capped_logits_and_padded_rows(one_device):
+  """A cap is part of the loss; rows from `vocab` on take no probability and get no gradient."""
+  x, w, targets, weights = arrays()
+  targets = targets % 20
+  f = jax.jit(lambda x, w: cross_entropy(4, logit_cap=1.5, vocab=20)(x, w, targets, weights)[0])
+
+  def plain_capped(x, w):
+    logits = 1.5 * jnp.tanh(x @ w[:20].T / 1.5)
+    nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, jax.device_get(targets)[..., None], -1)[..., 0]
+    return jnp.sum(nll * jax.device_get(weights))
+  host = jax.device_get((x, w))
+  np.testing.assert_allclose(f(x, w), plain_capped(*host), rtol=1e-5)
+  got = jax.device_get(jax.jit(jax.grad(f, (0, 1)))(x, w))
+  common.assert_trees_close(got, jax.grad(plain_capped, (0, 1))(*host), rtol=2e-4, atol=2e-5)
+  assert not got[1][20:].any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jaxlm import optimizer
-from jaxlm.config import OptimizerConfig
+from jaxlm.schema import OptimizerConfig
 from jaxlm.models import decoder
 from tests import common
 

@@ -1,7 +1,7 @@
 """`jaxlm data build | show | stats`: make the token cache, read a batch as the model will, count."""
 import pathlib
 
-from jaxlm.config import Config
+from jaxlm.schema import Config
 from jaxlm.data import pipeline as pipelines
 from jaxlm.metrics import say
 

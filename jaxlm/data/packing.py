@@ -19,7 +19,7 @@ import sys
 
 import numpy as np
 
-from jaxlm.config import DataConfig
+from jaxlm.schema import DataConfig
 from jaxlm.data import sources, tokenizer as tokenizers
 from jaxlm.errors import JaxlmError, StorageError, UsageError
 

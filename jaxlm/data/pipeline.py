@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxlm import layout
-from jaxlm.config import Config
+from jaxlm.schema import Config
 from jaxlm.data import packing
 from jaxlm.errors import UsageError
 

@@ -16,7 +16,7 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator
 
-from jaxlm.config import DataConfig
+from jaxlm.schema import DataConfig
 from jaxlm.errors import UsageError
 
 

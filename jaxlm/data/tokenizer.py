@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Iterable, Iterator
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxlm.errors import UsageError
 
@@ -42,6 +42,27 @@ class Tokenizer:
     """Token ids of a text, with no boundary."""
     return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+  def prompt(self, text: str) -> list[int]:
+    """Token ids of a text to go on from, opened as the tokenizer's own template says (a boundary, a <bos>, or nothing)."""
+    return self._tokenizer.encode(text, add_special_tokens=True).ids or [self.boundary]
+
+  @functools.cached_property
+  def opening(self) -> int:
+    """The token that a document is read after: what the template puts before a text, else the boundary."""
+    return (self._tokenizer.encode('', add_special_tokens=True).ids or [self.boundary])[0]
+
+  def ids_of(self, tokens: Iterable[str]) -> list[int]:
+    """Ids of tokens by their text. UsageError for one that is not in the vocabulary."""
+    ids = {t: self._tokenizer.token_to_id(t) for t in tokens}
+    missing = [t for t, i in ids.items() if i is None]
+    if missing:
+      raise UsageError(f'data.stop names {missing[0]!r}, which is no token of the tokenizer')
+    return list(ids.values())
+
+  def text_of(self, index: int) -> str:
+    """A token as the vocabulary writes it."""
+    return self._tokenizer.id_to_token(index)
+
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -72,6 +93,8 @@ def _byte_level(size: int, texts: Iterator[str], progress=None) -> tokenizers.To
   trainer = trainers.BpeTrainer(vocab_size=max(size, 257), special_tokens=[BOUNDARY], initial_alphabet=alphabet,
                                 show_progress=False)
   tokenizer.train_from_iterator(_batches(texts, progress), trainer)
+  tokenizer.post_processor = processors.TemplateProcessing(
+      single=f'{BOUNDARY} $A', special_tokens=[(BOUNDARY, tokenizer.token_to_id(BOUNDARY))])
   return tokenizer
 
 

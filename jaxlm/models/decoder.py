@@ -1,83 +1,59 @@
-"""One decoder: GPT-2 and Llama are two settings of its config."""
+"""One decoder: GPT-2, Llama, Gemma, DeepSeek and the others are settings of its config."""
 import functools
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from jaxlm import layout
-from jaxlm.config import ModelConfig
-from jaxlm.models import attention, layers
-from jaxlm.models.layers import MLPS, NORMS, Dropout, Einsum, normal, rope
+from jaxlm.models import attention, kernels, layers, stack
+from jaxlm.models.layers import NORMS, Dropout, normal
+from jaxlm.schema import ModelConfig
 
 UNEMBED = 'BLD,VD->BLV'
-REMAT = {  # name → policy of what the backward pass may keep; None keeps everything, without remat
-    'none': None,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    'full': jax.checkpoint_policies.nothing_saveable,
-}
 
 
-class Attention(nn.Module):
-  cfg: ModelConfig
-
-  @nn.compact
-  def __call__(self, x_BLD, positions_BL, segments_BL):
-    cfg = self.cfg
-    q_BLHK = Einsum('BLD,DHK->BLHK', cfg, name='q')(x_BLD)
-    k_BLGK = Einsum('BLD,DGK->BLGK', cfg, name='k')(x_BLD)
-    v_BLGK = Einsum('BLD,DGK->BLGK', cfg, name='v')(x_BLD)
-    if cfg.position == 'rope':
-      q_BLHK, k_BLGK = (rope(a, positions_BL, cfg.rope_base) for a in (q_BLHK, k_BLGK))
-    o_BLHK = attention.attend(cfg.attention, q_BLHK, k_BLGK, v_BLGK, segments_BL)
-    return Einsum('BLHK,HKD->BLD', cfg, out=True, name='o')(o_BLHK)
+def init_params(cfg: ModelConfig, key) -> dict:
+  """Fresh parameters, born sharded: a nested dict, layers stacked (stack.py). Their values do not depend on the mesh."""
+  keys = dict(zip(('embed', 'positions', 'layers', 'unembed'), jax.random.split(key, 4)))
+  table = lambda name, dims: normal(cfg.init_std, dims)(keys[name], tuple(getattr(cfg, d) for d in dims))
+  x_BLD = stack.some_input(cfg)
+  params = {'embed': table('embed', 'VD'), 'layers': stack.init(cfg, keys['layers']),
+            'norm': NORMS[cfg.norm](cfg).init(key, x_BLD)['params']}
+  if cfg.position == 'learned':
+    params['positions'] = table('positions', 'PD')
+  return params if cfg.tied else {**params, 'unembed': table('unembed', 'VD')}
 
 
-class Block(nn.Module):
-  """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
-  cfg: ModelConfig
-  train: bool
-
-  @nn.compact
-  def __call__(self, x_BLD, positions_BL, segments_BL):
-    cfg, norm = self.cfg, NORMS[self.cfg.norm]
-    y_BLD = Attention(cfg, name='attention')(norm(cfg, name='norm1')(x_BLD), positions_BL, segments_BL)
-    x_BLD += Dropout(cfg.dropout, self.train)(y_BLD)
-    y_BLD = MLPS[cfg.mlp](cfg, name='mlp')(norm(cfg, name='norm2')(x_BLD))
-    return x_BLD + Dropout(cfg.dropout, self.train)(y_BLD), None
-
-
-class Decoder(nn.Module):
-  """tokens → the last hidden states and the matrix that turns them into logits.
+def forward(cfg: ModelConfig, params, tokens_BL, positions_BL, segments_BL, dropout_key=None):
+  """tokens → (the last hidden states x_BLD, the matrix that turns them into logits, reports of the mixtures).
 
   Logits themselves are not made here: loss.py makes them a piece at a time, so that [B, L, V] never exists.
-
-  Call with tokens_BL int32 in [0, V), positions_BL int32 (from 0 in each document), segments_BL int32 (which
-  document of the row; equal = may attend), train: dropout on (needs the rng 'dropout').
-  Returns (x_BLD in the compute dtype, unembed_VD float32 master weight). Params: a nested dict, layers stacked [N, …].
+  tokens_BL int32 in [0, V), positions_BL int32 (from 0 in each document), segments_BL int32 (which document of the row;
+  equal = may attend; 0 is padding). Dropout only with a key. x_BLD has the compute dtype, unembed_VD is float32.
   """
-  cfg: ModelConfig
+  def attend(local, kept, q_BLHK, k_BLGK, v_BLGK):
+    return kernels.attend(cfg.attention, attention.how(cfg, local), q_BLHK, k_BLGK, v_BLGK, segments_BL), kept
+  x_BLD = embed(cfg, params, tokens_BL, positions_BL)
+  if dropout_key is not None:
+    x_BLD = Dropout(cfg.dropout, True).apply({}, x_BLD, rngs={'dropout': jax.random.fold_in(dropout_key, cfg.N)})
+  x_BLD, reports = stack.run(cfg, params['layers'], x_BLD, positions_BL, segments_BL > 0, attend, dropout_key)
+  return final_norm(cfg, params, x_BLD), unembedding(cfg, params), reports
 
-  @nn.compact
-  def __call__(self, tokens_BL, positions_BL, segments_BL, train: bool = False):
-    cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-    embed_VD = self.param('embed', normal(cfg.init_std, 'VD'), (cfg.V, cfg.D))
-    x_BLD = look_up(embed_VD, tokens_BL, dtype)
-    if cfg.position == 'learned':
-      positions_PD = self.param('positions', normal(cfg.init_std, 'PD'), (cfg.P, cfg.D))
-      x_BLD += look_up(positions_PD, positions_BL, dtype)
-    x_BLD = Dropout(cfg.dropout, train)(x_BLD)
 
-    block = Block
-    if REMAT[cfg.remat] is not None:
-      block = nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
-    blocks = nn.scan(block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True}, length=cfg.N,
-                     in_axes=nn.broadcast, unroll=1 if cfg.scan else cfg.N)
-    x_BLD, _ = blocks(cfg, train, name='layers')(x_BLD, positions_BL, segments_BL)
+def embed(cfg: ModelConfig, params, tokens_BL, positions_BL):
+  dtype = jnp.dtype(cfg.dtype)
+  x_BLD = look_up(params['embed'], tokens_BL, dtype)
+  if cfg.scale_embedding:
+    x_BLD *= jnp.asarray(cfg.D ** 0.5, dtype)
+  return x_BLD + look_up(params['positions'], positions_BL, dtype) if cfg.position == 'learned' else x_BLD
 
-    x_BLD = NORMS[cfg.norm](cfg, name='norm')(x_BLD)
-    unembed_VD = embed_VD if cfg.tied else self.param('unembed', normal(cfg.init_std, 'VD'), (cfg.V, cfg.D))
-    return x_BLD, unembed_VD
+
+def final_norm(cfg: ModelConfig, params, x_BLD):
+  return NORMS[cfg.norm](cfg).apply({'params': params['norm']}, x_BLD)
+
+
+def unembedding(cfg: ModelConfig, params):
+  return params['embed' if cfg.tied else 'unembed']
 
 
 def look_up(table_VD, index_BL, dtype):
@@ -90,25 +66,27 @@ def abstract_params(cfg: ModelConfig):
   return jax.eval_shape(functools.partial(init_params, cfg), jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def init_params(cfg: ModelConfig, key):
-  """Fresh parameters, born sharded. Their values do not depend on the mesh."""
-  shards = jax.sharding.get_abstract_mesh().shape
-  B = shards['data'] * shards['fsdp']
-  zeros_BL = jnp.zeros((B, 1), jnp.int32, out_sharding=layout.spec('BL'))
-  return Decoder(cfg).init(key, zeros_BL, zeros_BL, zeros_BL)['params']
-
-
 def count_params(cfg: ModelConfig) -> int:
   return sum(a.size for a in jax.tree.leaves(abstract_params(cfg)))
 
 
 def logits(cfg: ModelConfig, params, tokens_BL, positions_BL, segments_BL):
   """float32 logits_BLV, for those who want all of them (generation, parity); training and evaluation do not."""
-  x_BLD, unembed_VD = Decoder(cfg).apply({'params': params}, tokens_BL, positions_BL, segments_BL)
-  return unembed(x_BLD, unembed_VD)
+  x_BLD, unembed_VD, _ = forward(cfg, params, tokens_BL, positions_BL, segments_BL)
+  return finish_logits(cfg, unembed(x_BLD, unembed_VD))
 
 
 def unembed(x_BLD, unembed_VD):
-  """float32 logits_BLV of hidden states, cut over V where the matrix is; the matrix may be gathered or not."""
+  """float32 products of hidden states with the output matrix, cut over V where it is; it may be gathered or not."""
   w_VD = layers.use(unembed_VD, 'VD', x_BLD.dtype)
   return layers.contract(UNEMBED, 'gathered', jnp.float32, x_BLD, w_VD)
+
+
+def finish_logits(cfg: ModelConfig, logits_BLV):
+  """The config's cap on the logits, and −1e30 for rows that only pad the vocabulary."""
+  if cfg.logit_cap:
+    logits_BLV = cfg.logit_cap * jnp.tanh(logits_BLV / cfg.logit_cap)
+  if cfg.vocab and cfg.vocab < cfg.V:
+    iota_BLV = jax.lax.broadcasted_iota(jnp.int32, logits_BLV.shape, 2, out_sharding=jax.typeof(logits_BLV).sharding)
+    logits_BLV = jnp.where(iota_BLV < cfg.vocab, logits_BLV, -1e30)
+  return logits_BLV

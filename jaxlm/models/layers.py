@@ -1,13 +1,15 @@
 """The layers that every model shares. A weight is declared once, by the letters of its einsum."""
 import functools
 import math
+from collections.abc import Mapping
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm import layout
-from jaxlm.config import ModelConfig
+from jaxlm.schema import GATED, ModelConfig
 
 
 def use(w, dims: str, dtype):
@@ -56,11 +58,13 @@ def contract_gradients(eqn: str, kind: str, x, w, g):
   x_dims, w_dims, out_dims = _split(eqn)
   g = g.astype(x.dtype)
   dx = jnp.einsum(f'{out_dims},{w_dims}->{x_dims}', g, use(w, w_dims, x.dtype), out_sharding=jax.typeof(x).sharding.spec)
-  sides = [(''.join(d for d in w_dims if d in dims), dims, a) for dims, a in ((x_dims, x), (out_dims, g))]
+  both = ''.join(d for d in w_dims if d in x_dims and d in out_dims)  # as E in 'BECD,EDF->BECF'
+  sides = [(''.join(d for d in w_dims if d in dims and d not in both), dims, a) for dims, a in ((x_dims, x), (out_dims, g))]
   size = dict(zip(w_dims, w.shape))
   (dims1, in1, a1), (dims2, in2, a2) = sorted(sides, key=lambda side: math.prod(size[d] for d in side[0]))
-  dw = _einsum(f'{in1},{in2}->{dims1}{dims2}', a1, a2, layout.spec(dims1 + dims2, kind), jnp.float32)
-  return dx, jnp.transpose(dw, [(dims1 + dims2).index(d) for d in w_dims])
+  dims = both + dims1 + dims2
+  dw = _einsum(f'{in1},{in2}->{dims}', a1, a2, layout.spec(dims, kind), jnp.float32)
+  return dx, jnp.transpose(dw, [dims.index(d) for d in w_dims])
 
 
 contract.defvjp(_contract_forward, _contract_backward)
@@ -72,36 +76,44 @@ def normal(std: float, dims: str):
 
 class Einsum(nn.Module):
   """`x` times a weight whose letters name its shape and sharding, as 'BLD,DHK->BLHK'; plus a bias if the model has
-  them. Weights that write into the residual stream (`out=True`) start smaller by √(2N) (GPT-2, §2.3)."""
+  one here. Weights that write into the residual stream (`out=True`) start smaller by √(2N) (GPT-2, §2.3).
+  `sizes` gives letters another size than the model's, as {'F': 256}."""
   eqn: str
   cfg: ModelConfig
   out: bool = False
+  sizes: Mapping[str, int] = flax.core.FrozenDict()
 
   @nn.compact
   def __call__(self, x):
     cfg = self.cfg
+    size = lambda d: self.sizes[d] if d in self.sizes else getattr(cfg, d)
     _, w_dims, out_dims = _split(self.eqn)
     std = cfg.init_std / (2 * cfg.N) ** 0.5 if self.out else cfg.init_std
-    w = self.param('w', normal(std, w_dims), tuple(getattr(cfg, d) for d in w_dims))
+    w = self.param('w', normal(std, w_dims), tuple(map(size, w_dims)))
     y = contract(self.eqn, 'weight', None, x, w)
-    if cfg.bias:
+    if cfg.bias == 'all' or (cfg.bias != 'none' and (cfg.bias == 'qkv') == (self.name in ('q', 'k', 'v'))):
       b_dims = ''.join(d for d in out_dims if d in w_dims)
       b = self.param('bias', functools.partial(nn.initializers.zeros, out_sharding=layout.spec(b_dims, 'weight')),
-                     tuple(getattr(cfg, d) for d in b_dims))
+                     tuple(map(size, b_dims)))
       y += jnp.expand_dims(use(b, b_dims, x.dtype), (0, 1))
     return y
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) · scale, in float32 (Zhang & Sennrich 2019)."""
+  """x / rms(x) · (offset + scale), in float32 (Zhang & Sennrich 2019), over the last axes of x, which `dims` names."""
   cfg: ModelConfig
+  dims: str = 'D'
 
   @nn.compact
-  def __call__(self, x_BLD):
-    scale = self.param('scale', nn.initializers.ones, x_BLD.shape[-1:])
-    x32_BLD = x_BLD.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x32_BLD * x32_BLD, -1, keepdims=True) + self.cfg.norm_eps)
-    return (x32_BLD * inverse * scale[None, None]).astype(x_BLD.dtype)
+  def __call__(self, x):
+    count = len(self.dims)
+    init = nn.initializers.constant(1. - self.cfg.norm_offset)
+    spec = layout.spec(self.dims, 'gathered')
+    scale = self.param('scale', lambda key, shape: jax.sharding.reshard(init(key, shape), spec), x.shape[-count:])
+    scale = jnp.expand_dims(scale + self.cfg.norm_offset, tuple(range(x.ndim - count)))
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32 * x32, tuple(range(-count, 0)), keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean + self.cfg.norm_eps) * scale).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -115,36 +127,33 @@ class LayerNorm(nn.Module):
     x32_BLD -= jnp.mean(x32_BLD, -1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(x32_BLD * x32_BLD, -1, keepdims=True) + self.cfg.norm_eps)
     y_BLD = x32_BLD * inverse * scale[None, None]
-    if self.cfg.bias:
+    if self.cfg.bias != 'none':
       y_BLD += self.param('bias', nn.initializers.zeros, x_BLD.shape[-1:])[None, None]
     return y_BLD.astype(x_BLD.dtype)
 
 
 NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
 
+_gelu = functools.partial(jax.nn.gelu, approximate=True)
+# A gated mlp is (f(x·gate) ⊙ x·up)·down (Shazeer 2020), the others f(x·up)·down; schema.GATED says which are.
+MLPS = {'swiglu': jax.nn.silu, 'geglu': _gelu, 'gelu': _gelu, 'relu': jax.nn.relu,
+        'gelu_exact': functools.partial(jax.nn.gelu, approximate=False)}
 
-class SwiGLU(nn.Module):
-  """(silu(x·gate) ⊙ x·up)·down (Shazeer 2020)."""
+
+class Mlp(nn.Module):
+  """The feed-forward layer that cfg.mlp names, of width F."""
   cfg: ModelConfig
+  F: int
 
   @nn.compact
   def __call__(self, x_BLD):
-    gate_BLF = Einsum('BLD,DF->BLF', self.cfg, name='gate')(x_BLD)
-    up_BLF = Einsum('BLD,DF->BLF', self.cfg, name='up')(x_BLD)
-    return Einsum('BLF,FD->BLD', self.cfg, out=True, name='down')(jax.nn.silu(gate_BLF) * up_BLF)
-
-
-class GELU(nn.Module):
-  """gelu(x·up)·down, gelu by its tanh approximation (Hendrycks & Gimpel 2016; GPT-2)."""
-  cfg: ModelConfig
-
-  @nn.compact
-  def __call__(self, x_BLD):
-    up_BLF = Einsum('BLD,DF->BLF', self.cfg, name='up')(x_BLD)
-    return Einsum('BLF,FD->BLD', self.cfg, out=True, name='down')(jax.nn.gelu(up_BLF, approximate=True))
-
-
-MLPS = {'swiglu': SwiGLU, 'gelu': GELU}
+    cfg, f, sizes = self.cfg, MLPS[self.cfg.mlp], {'F': self.F}
+    up_BLF = Einsum('BLD,DF->BLF', cfg, sizes=sizes, name='up')(x_BLD)
+    if cfg.mlp in GATED:
+      hidden_BLF = f(Einsum('BLD,DF->BLF', cfg, sizes=sizes, name='gate')(x_BLD)) * up_BLF
+    else:
+      hidden_BLF = f(up_BLF)
+    return Einsum('BLF,FD->BLD', cfg, out=True, sizes=sizes, name='down')(hidden_BLF)
 
 
 class Dropout(nn.Module):
@@ -160,15 +169,3 @@ class Dropout(nn.Module):
                                     out_sharding=jax.typeof(x_BLD).sharding.spec)
     return jnp.where(keep_BLD, x_BLD / (1 - self.rate), 0).astype(x_BLD.dtype)
 
-
-def rope(x_BLHK, positions_BL, base: float):
-  """Rotary positions (Su et al. 2021): the pair (k, k + K/2) is turned by position · base^(−2k/K).
-
-  Halves, not neighbours, are paired, as in Hugging Face's Llama; angles are float32.
-  """
-  K = x_BLHK.shape[-1]
-  frequency_K = base ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
-  angle_BLK = positions_BL[..., None].astype(jnp.float32) * frequency_K[None, None]
-  cos, sin = (f(angle_BLK)[:, :, None].astype(x_BLHK.dtype) for f in (jnp.cos, jnp.sin))
-  a, b = jnp.split(x_BLHK, 2, -1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)

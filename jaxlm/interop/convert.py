@@ -1,0 +1,109 @@
+"""Between a foreign checkpoint and ours: the config, then tensor after tensor, through the rows of the family."""
+import re
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from jaxlm import config as configs, layout
+from jaxlm.errors import UsageError
+from jaxlm.interop.families import FAMILIES, Family
+from jaxlm.interop.mapping import uncovered, units
+from jaxlm.models import decoder
+from jaxlm.optimizer import path_of
+from jaxlm.schema import FREE, TRAINING, ModelConfig, flatten
+
+
+def to_model(family: Family, hf: dict) -> dict:
+  """config.json → {'D': 256, 'rope.base': …}, our model keys. UsageError for what no field of ours says."""
+  out = {}
+  for read, _ in family.pieces:
+    try:
+      out |= read(hf)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+      raise UsageError(f'config.json: a key is missing or malformed ({type(e).__name__}: {e})') from e
+  return out
+
+
+def to_config_json(model_type: str, m: ModelConfig) -> dict:
+  """Our model as a config.json of the family. UsageError naming the first field that the family cannot hold."""
+  family, out = FAMILIES[model_type], {}
+  for _, write in family.pieces:
+    out |= write(m)
+  back = flatten(configs.from_flat({'length': 1, 'loss.chunks': 1, **{f'model.{k}': v for k, v in
+                                                                     to_model(family, out).items()}}).model)
+  for key, value in flatten(m).items():
+    if key not in ('V', 'vocab') and not any(r.match(f'model.{key}') for r in (FREE, TRAINING)) and not _same(
+        back[key], value):
+      raise UsageError(f'{model_type} has no place for model.{key}={value!r} (it would read back as {back[key]!r})')
+  missing = uncovered(family.rows, shapes(m))
+  if missing:
+    raise UsageError(f'{model_type} has no place for the weights {missing[0]}')
+  return {'architectures': [family.architecture], 'model_type': model_type, **out}
+
+
+def _same(a, b) -> bool:
+  return abs(a - b) <= 1e-9 * abs(b) if isinstance(a, float) and isinstance(b, float) else a == b
+
+
+def family_of(m: ModelConfig) -> str:
+  """The first family that holds this model. UsageError with each family's reason if none does."""
+  reasons = []
+  for model_type in FAMILIES:
+    try:
+      to_config_json(model_type, m)
+      return model_type
+    except UsageError as e:
+      reasons.append(str(e))
+  raise UsageError('no family holds this model: ' + '; '.join(reasons))
+
+
+def shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Our arrays by path, without the rows that only pad the vocabulary."""
+  mesh = AbstractMesh((1,) * len(layout.AXES), layout.AXES, axis_types=(AxisType.Explicit,) * len(layout.AXES))
+  with jax.sharding.use_abstract_mesh(mesh):
+    leaves = jax.tree_util.tree_leaves_with_path(decoder.abstract_params(m))
+  cut = lambda path, shape: (m.vocab or m.V, *shape[1:]) if path in ('embed', 'unembed') else shape
+  return {path_of(p): cut(path_of(p), a.shape) for p, a in leaves}
+
+
+def read(source, m: ModelConfig) -> Iterator[tuple[str, tuple, np.ndarray]]:
+  """(path, index into it, float32 array) until all of our arrays are there, a foreign tensor at a time, and less where
+  its layout is ours.
+
+  source: path, names(), shape(name), blocks(name), family. UsageError for a tensor that is missing, of another shape, or
+  unknown; nothing is read before all of them are known to be there.
+  """
+  ours = shapes(m)
+  missing = uncovered(source.family.rows, ours)
+  if missing:
+    raise UsageError(f'{source.path}: this family has no tensor for {missing[0]}')
+  everything = list(units(source.family.rows, m, ours))
+  unknown = sorted(source.names() - {u.theirs for u in everything})
+  unknown = [name for name in unknown if not re.search(source.family.ignored, name)]
+  if unknown:
+    raise UsageError(f'{source.path}: holds {unknown[0]}, which this family has no use for by its config')
+  for unit in everything:
+    if (shape := source.shape(unit.theirs)) != unit.shape:
+      raise UsageError(f'{source.path}: {unit.theirs} is {list(shape)}, where its config wants {list(unit.shape)}')
+  for unit in everything:
+    if unit.is_copy:
+      for rows, block in source.blocks(unit.theirs):
+        yield unit.parts[0].path, (*unit.parts[0].index, rows), block
+    else:
+      whole = np.empty(unit.shape, np.float32)
+      for rows, block in source.blocks(unit.theirs):
+        whole[rows] = block
+      for part, array in zip(unit.parts, unit.to_ours(whole)):
+        yield part.path, part.index, array
+
+
+def write(model_type: str, m: ModelConfig, get) -> Iterator[tuple[str, np.ndarray]]:
+  """(name, tensor) of a checkpoint of the family; get(path, index) → our float32 array there."""
+  for unit in units(FAMILIES[model_type].rows, m, shapes(m)):
+    pieces = []
+    for part in unit.parts:
+      array = get(part.path, part.index)
+      pieces.append(array[:m.vocab or m.V] if part.path in ('embed', 'unembed') else array)
+    yield unit.theirs, unit.to_theirs(pieces)

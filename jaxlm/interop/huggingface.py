@@ -1,0 +1,121 @@
+"""Hugging Face folders: config.json, safetensors (also in shards), tokenizer.json. Nothing of them is run or unpickled."""
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import safetensors
+
+from jaxlm.errors import UsageError
+from jaxlm.interop.families import FAMILIES, Family
+
+# Wrappers around a language model, as of images: only the language model is read.
+WRAPPED = {'gemma3': ('gemma3_text', r'^(?:model\.)?language_model\.(?:model\.)?', r'vision_tower|multi_modal_projector')}
+
+
+FLOATS = ('F64', 'F32', 'F16', 'BF16')
+BLOCK = 8 * 2 ** 20  # floats
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+  """The rows of an array, so many at a time that they have about BLOCK elements."""
+  step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+  return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+class Folder:
+  """The tensors of a folder by their names. Raises UsageError for what is missing, malformed or cut short."""
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+    if not path.is_dir():
+      raise UsageError(f'{path}: no such folder')
+    self.config = read_json(path / 'config.json')
+    self.model_type = self.config.get('model_type')
+    self._rename, self._skip = None, None
+    if self.model_type in WRAPPED:
+      self.model_type, self._rename, self._skip = WRAPPED[self.model_type]
+      self.config = self.config['text_config']
+    if self.model_type not in FAMILIES:
+      raise UsageError(f'{path}/config.json: model_type={self.model_type!r} is no known family; known are '
+                       + ', '.join(FAMILIES))
+    self._where = {}  # our name for it → (file, its name there)
+    for file in self._files():
+      with self._open(file) as f:
+        for name in f.keys():
+          if not (self._skip and re.search(self._skip, name)):
+            self._where[re.sub(self._rename, 'model.', name) if self._rename else name] = (file, name)
+
+  @property
+  def family(self) -> Family:
+    return FAMILIES[self.model_type]
+
+  def _files(self) -> list[str]:
+    index = self.path / 'model.safetensors.index.json'
+    if index.is_file():
+      files = sorted(set(read_json(index).get('weight_map', {}).values()))
+      outside = [f for f in files if pathlib.PurePath(f).name != f]
+      if outside:
+        raise UsageError(f'{index}: names a file outside of the folder, {outside[0]!r}')
+      return files
+    if (self.path / 'model.safetensors').is_file():
+      return ['model.safetensors']
+    others = [p.name for p in self.path.glob('*.bin')]
+    raise UsageError(f'{self.path}: has no safetensors' + (
+        f'; {others[0]} is a pickle, which can run code, and is not read: convert it to safetensors' if others else ''))
+
+  def _open(self, file: str):
+    try:
+      return safetensors.safe_open(self.path / file, framework='np')
+    except (OSError, safetensors.SafetensorError) as e:
+      raise UsageError(f'{self.path / file}: cannot be read ({e})') from e
+
+  def names(self) -> set[str]:
+    return set(self._where)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """UsageError if there is no such tensor, or it is no float."""
+    if name not in self._where:
+      raise UsageError(f'{self.path}: has no tensor {name}')
+    file, stored = self._where[name]
+    with self._open(file) as f:
+      piece = f.get_slice(stored)
+      if piece.get_dtype() not in FLOATS:
+        raise UsageError(f'{self.path / file}: tensor {stored} is {piece.get_dtype()}, and none of {", ".join(FLOATS)}')
+      return tuple(piece.get_shape())
+
+  def blocks(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows, float32 array of them), some MB at a time; the file is opened for each, so that no page of it stays."""
+    shape, (file, stored) = self.shape(name), self._where[name]
+    for rows in row_blocks(shape):
+      with self._open(file) as f:
+        try:
+          yield rows, f.get_slice(stored)[rows].astype(np.float32)
+        except (OSError, safetensors.SafetensorError) as e:
+          raise UsageError(f'{self.path / file}: tensor {stored} cannot be read ({e})') from e
+
+  def tokenizer(self) -> str:
+    """The text of tokenizer.json."""
+    file = self.path / 'tokenizer.json'
+    if not file.is_file():
+      raise UsageError(f'{self.path}: has no tokenizer.json; save it with a fast tokenizer, or name one with --tokenizer')
+    return file.read_text(encoding='utf-8')
+
+  def specials(self) -> tuple[list, list]:
+    """(what opens a text, what ends one): token ids, as generation_config.json and config.json say."""
+    file = self.path / 'generation_config.json'
+    said = {**self.config, **(read_json(file) if file.is_file() else {})}
+    as_list = lambda v: [] if v is None else list(v) if isinstance(v, list) else [v]
+    return as_list(said.get('bos_token_id')), as_list(said.get('eos_token_id'))
+
+
+def read_json(file: pathlib.Path) -> dict:
+  try:
+    value = json.loads(file.read_text(encoding='utf-8'))
+  except (OSError, ValueError) as e:
+    raise UsageError(f'{file}: cannot be read ({e})') from e
+  if not isinstance(value, dict):
+    raise UsageError(f'{file}: is no JSON object')
+  return value

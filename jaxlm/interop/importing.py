@@ -1,0 +1,113 @@
+"""`jaxlm import`: a foreign checkpoint → a workdir with step 0, a tensor at a time, from file to file.
+
+The arrays are written in the layout that Orbax reads (zarr, one folder an array), so that a checkpoint that was
+imported is restored like any other, each device reading its shard. Nothing shows in the workdir until all is written.
+"""
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import shutil
+
+
+from jaxlm import checkpoint, config as configs, report
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UsageError
+from jaxlm.interop import convert
+from jaxlm.interop.gguf import GgufFile
+from jaxlm.interop.huggingface import Folder
+from jaxlm.schema import Config
+
+CHUNK = 4 * 2 ** 20  # elements of a zarr chunk: what is written at a time
+LENGTH = 2048        # of imported models: what eval takes for its context, if the model reaches that far
+
+
+def open_source(path: str):
+  """A Hugging Face folder or a GGUF file. UsageError if it is neither."""
+  source = pathlib.Path(path)
+  return GgufFile(source) if source.suffix == '.gguf' else Folder(source)
+
+
+def config_of(source, tokenizer: Tokenizer, tokenizer_file: pathlib.Path, vocab_multiple: int, overrides) -> Config:
+  """The config of the run that the source becomes."""
+  model = convert.to_model(source.family, source.config)
+  vocab = model['V']
+  if vocab % vocab_multiple:
+    model |= {'V': -(-vocab // vocab_multiple) * vocab_multiple, 'vocab': vocab}
+  reach = model.get('P') or source.config.get('max_position_embeddings') or LENGTH
+  stops = [tokenizer.text_of(i) for i in source.specials()[1]]
+  values = {**{f'model.{k}': v for k, v in model.items()}, 'length': min(reach, LENGTH), 'loss.chunks': 1,
+            'data.tokenizer': str(tokenizer_file), 'data.stop': ' '.join(stops)}
+  return configs.from_flat({**values, **configs.parsed(overrides)})
+
+
+def run(path: str, workdir: pathlib.Path, tokenizer_path: str | None, vocab_multiple: int, overrides, say) -> Config:
+  """Imports `path` into `workdir`. UsageError for what cannot be read, or a workdir that has checkpoints."""
+  if checkpoint.steps(workdir):
+    raise UsageError(f'--workdir={workdir}: has checkpoints already; import into another')
+  if vocab_multiple < 1:
+    raise UsageError(f'--vocab_multiple={vocab_multiple}: wants 1 or more')
+  source = open_source(path)
+  if tokenizer_path and not pathlib.Path(tokenizer_path).is_file():
+    raise UsageError(f'--tokenizer={tokenizer_path}: no such file')
+  text = pathlib.Path(tokenizer_path).read_text(encoding='utf-8') if tokenizer_path else source.tokenizer()
+  tokenizer = Tokenizer(text)
+  config = config_of(source, tokenizer, workdir / 'tokenizer.json', vocab_multiple, overrides)
+  if tokenizer.vocab_size > config.model.V:
+    raise UsageError(f'{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model rows for {config.model.V}')
+  shapes = convert.shapes(dataclasses.replace(config.model, vocab=0))
+  say(f'{path}: {source.model_type}, {sum(map(math.prod, shapes.values())) / 1e6:.1f}M parameters\n{configs.summary(config)}')
+  workdir.mkdir(parents=True, exist_ok=True)
+  temporary = workdir / '.import'
+  shutil.rmtree(temporary, ignore_errors=True)
+  meta = {'config': json.loads(configs.to_json(config)), 'examples': 0, 'tokenizer': tokenizer.json,
+          'imported': {'from': str(path), 'model_type': source.model_type, 'bos': source.specials()[0],
+                       'eos': source.specials()[1]}}
+  try:
+    state = checkpoint.skeleton(temporary, meta)
+    with report.progress('importing', sum(map(math.prod, shapes.values()))) as tick:
+      write_arrays(state, shapes, convert.read(source, config.model), tick)
+    (workdir / 'tokenizer.json').write_text(text, encoding='utf-8')
+    (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
+    (workdir / 'checkpoints').mkdir(exist_ok=True)
+    (temporary / 'checkpoints' / '0').rename(workdir / 'checkpoints' / '0')
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  return config
+
+
+def write_arrays(folder: pathlib.Path, shapes: dict[str, tuple[int, ...]], items, progress=None) -> None:
+  """{path: shape} and (path, index, array) items → an Orbax item of {'params': …}; what no item covers is 0."""
+  import tensorstore as ts  # pylint: disable=g-import-not-at-top
+  context = ts.Context({'data_copy_concurrency': {'limit': 1}, 'file_io_concurrency': {'limit': 2},
+                        'cache_pool': {'total_bytes_limit': 0}})
+  tree, arrays = {}, {}
+  for path, shape in shapes.items():
+    keys = ('params', *path.split('/'))
+    spec = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': str((folder / '.'.join(keys)).absolute())},
+            'metadata': {'shape': shape, 'chunks': _chunks(path, shape), 'dtype': '<f4', 'fill_value': 0.,
+                         'compressor': {'id': 'zstd', 'level': 1}}}
+    arrays[path] = ts.open(spec, create=True, context=context).result()
+    tree[str(keys)] = {'key_metadata': [{'key': k, 'key_type': 2} for k in keys], 'value_metadata': {
+        'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(shape)}}
+  for path, index, array in items:
+    target = arrays[path][index] if index else arrays[path]
+    if target.shape != array.shape:
+      target = target[tuple(slice(0, n) for n in array.shape)]  # the vocabulary's padding stays 0
+    target.write(array).result()
+    if progress:
+      progress(array.size)
+  (folder / '_METADATA').write_text(json.dumps({
+      'tree_metadata': tree, 'use_ocdbt': False, 'use_zarr3': False, 'store_array_data_equal_to_fill_value': True,
+      'custom_metadata': None}), encoding='utf-8')
+
+
+def _chunks(path: str, shape: tuple[int, ...]) -> list[int]:
+  """Chunks of at most CHUNK elements, none of which two foreign tensors share."""
+  alone = 2 if re.match(r'layers/moe/(gate|up|down)$', path) else 1 if path.startswith('layers/') else 0
+  chunks, room = [], CHUNK
+  for size in reversed(shape[alone:]):
+    chunks.insert(0, min(size, max(1, room)))
+    room //= size
+  return [1] * alone + chunks

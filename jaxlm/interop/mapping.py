@@ -1,0 +1,128 @@
+"""One declarative mapping between a family's tensors and ours; each direction is derived from the same rows.
+
+A row says which of our arrays a foreign tensor holds, and in which layout:
+
+    Row('model.layers.{n}.self_attn.q_proj.weight', {'layers/attention/q/w': 'DHK>(HK)D'})
+
+Left of > are our letters (without the leading layer and expert), right theirs; brackets are axes they merge. Several of
+ours in one of theirs are concatenated along `join`, a letter of the first. A letter with ~ has its rotary pairs side by
+side in theirs, in halves in ours. {n} is the layer and {e} the expert: our arrays are stacked over both.
+"""
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxlm.schema import ModelConfig, layer_kinds
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  theirs: str
+  ours: dict[str, str]
+  join: str = ''
+  when: str = ''    # only if this array of ours is there …
+  unless: str = ''  # … and this one is not
+
+  def there(self, shapes) -> bool:
+    return all(p in shapes for p in self.ours) and (not self.when or self.when in shapes) and self.unless not in shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One of our arrays in a unit: where it goes, and what it looks like there."""
+  path: str
+  index: tuple[int, ...]
+  shape: tuple[int, ...]
+  letters: str    # ours
+  unmerged: str   # theirs, without brackets
+  halves: str     # the letter whose pairs are interleaved in theirs, or ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+  """A foreign tensor and the parts of ours that it holds."""
+  theirs: str
+  parts: tuple[Part, ...]
+  groups: tuple[int, ...]  # how many unmerged axes each of their axes has
+  axis: int                # along which unmerged axis the parts are concatenated
+  rotary: int              # dims of a ~ axis that are: its last ones if at_end, else its first
+  at_end: bool
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self._merge(self._joined())
+
+  @property
+  def is_copy(self) -> bool:
+    """Their tensor is one of our arrays as it is."""
+    return len(self.parts) == 1 and self.parts[0].letters == self.parts[0].unmerged and len(self.groups) == len(
+        self.parts[0].letters) and not self.parts[0].halves
+
+  def _joined(self) -> tuple[int, ...]:
+    sizes = [tuple(dict(zip(p.letters, p.shape))[d] for d in p.unmerged) for p in self.parts]
+    return tuple(sum(s[a] for s in sizes) if a == self.axis else size for a, size in enumerate(sizes[0]))
+
+  def _merge(self, sizes) -> tuple[int, ...]:
+    sizes = iter(sizes)
+    return tuple(math.prod(next(sizes) for _ in range(g)) for g in self.groups)
+
+  def to_ours(self, tensor: np.ndarray) -> list[np.ndarray]:
+    """Their tensor → the arrays of self.parts."""
+    whole = tensor.reshape(self._joined())
+    sizes = [dict(zip(p.letters, p.shape))[p.unmerged[self.axis]] for p in self.parts]
+    pieces = np.split(whole, np.cumsum(sizes)[:-1], self.axis)
+    return [np.transpose(self._pairs(piece, p, inverse=False), [p.unmerged.index(d) for d in p.letters])
+            for piece, p in zip(pieces, self.parts)]
+
+  def to_theirs(self, arrays: list[np.ndarray]) -> np.ndarray:
+    """The inverse of to_ours."""
+    pieces = [self._pairs(np.transpose(a, [p.letters.index(d) for d in p.unmerged]), p, inverse=True)
+              for a, p in zip(arrays, self.parts)]
+    return np.concatenate(pieces, self.axis).reshape(self.shape)
+
+  def _pairs(self, a: np.ndarray, p: Part, inverse: bool) -> np.ndarray:
+    if not p.halves:
+      return a
+    axis = p.unmerged.index(p.halves)
+    size = a.shape[axis]
+    low = size - self.rotary if self.at_end else 0
+    pairs = low + np.arange(self.rotary).reshape(-1, 2).T.reshape(-1)  # 0 2 4 … 1 3 5 …
+    order = np.concatenate([np.arange(low), pairs, np.arange(low + self.rotary, size)])
+    return np.take(a, np.argsort(order) if inverse else order, axis)
+
+
+def units(rows: tuple[Row, ...], cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> Iterator[Unit]:
+  """Every tensor of a checkpoint of `cfg`. `shapes`: of our arrays by path; a row whose arrays are not there is not
+  there in the checkpoint either (a bias, an untied output matrix)."""
+  kinds = [feed for _, feed in layer_kinds(cfg)]
+  rotary = cfg.mla.rope if cfg.mla.kv else int(cfg.K * cfg.rope.share)
+  for row in rows:
+    if not row.there(shapes):
+      continue
+    feed = re.match(r'layers/(mlp|moe)/', next(iter(row.ours)))
+    layers = [n for n, kind in enumerate(kinds) if not feed or kind == feed[1]]
+    for position, n in enumerate(layers if '{n}' in row.theirs else [0]):
+      for e in range(cfg.moe.E if '{e}' in row.theirs else 1):
+        index = (position,) * ('{n}' in row.theirs) + (e,) * ('{e}' in row.theirs)
+        yield _unit(row, row.theirs.format(n=n, e=e), index, shapes, rotary, bool(cfg.mla.kv))
+
+
+def _unit(row: Row, theirs: str, index, shapes, rotary: int, at_end: bool) -> Unit:
+  parts, groups = [], None
+  for path, spec in row.ours.items():
+    letters, _, layout = spec.partition('>')
+    halves = layout[layout.index('~') - 1] if '~' in layout else ''
+    axes = re.findall(r'\((\w+)\)|(\w)', layout.replace('~', ''))
+    groups = groups or tuple(len(a or b) for a, b in axes)
+    parts.append(Part(path, index, shapes[path][len(index):], letters, ''.join(a or b for a, b in axes), halves))
+  axis = parts[0].unmerged.index(row.join) if row.join else 0
+  return Unit(theirs, tuple(parts), groups, axis, rotary, at_end)
+
+
+def uncovered(rows: tuple[Row, ...], shapes: dict) -> list[str]:
+  """Paths of ours that no row holds: what a checkpoint of this family has no place for."""
+  held = {path for row in rows if row.there(shapes) for path in row.ours}
+  return sorted(set(shapes) - held)

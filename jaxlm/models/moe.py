@@ -1,0 +1,117 @@
+"""Mixtures of experts (Shazeer et al. 2017): a router sends each token to top_k of E gated mlps.
+
+A new way to send them is a function and a line of DISPATCH: (cfg, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF,
+down_EFD) → y_BLD, S being the top_k choices. Both agree with a loop over experts in tests/test_moe.py.
+"""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxlm import layout
+from jaxlm.models.layers import MLPS, Mlp, contract, normal, use
+from jaxlm.schema import ModelConfig, MoeConfig
+
+
+class Moe(nn.Module):
+  """Returns (y_BLD, aux): what the layer says of its router, over real tokens only (real_BL, bool):
+
+  balance  E · Σ_e share of choices · mean score (Switch Transformer, eq. 4), 1 when even
+  z        mean log²Σexp of the router's logits (ST-MoE, eq. 5)
+  load_E   choices an expert got, a count
+  """
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD, real_BL):
+    cfg, moe = self.cfg, self.cfg.moe
+    router_DE = self.param('router', normal(cfg.init_std, 'DE'), (cfg.D, moe.E))
+    bias_E = self.param('bias', nn.initializers.zeros, (moe.E,)) if moe.bias else None
+    weight = lambda name, dims, std: self.param(name, normal(std, dims), tuple({'E': moe.E, 'F': moe.F, 'D': cfg.D}[d]
+                                                                               for d in dims))
+    gate_EDF, up_EDF = weight('gate', 'EDF', cfg.init_std), weight('up', 'EDF', cfg.init_std)
+    down_EFD = weight('down', 'EFD', cfg.init_std / (2 * cfg.N) ** 0.5)
+
+    logits_BLE = contract('BLD,DE->BLE', 'weight', jnp.float32, x_BLD.astype(jnp.float32), router_DE)
+    scores_BLE = SCORES[moe.score](logits_BLE)
+    weights_BLS, experts_BLS = choose(moe, scores_BLE, bias_E)
+    y_BLD = DISPATCH[moe.dispatch](cfg, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD)
+    if moe.shared:
+      y_BLD += Mlp(cfg, moe.shared, name='shared')(x_BLD)
+    return y_BLD, _report(moe, logits_BLE, scores_BLE, experts_BLS, real_BL)
+
+
+SCORES = {'softmax': functools.partial(jax.nn.softmax, axis=-1), 'sigmoid': jax.nn.sigmoid}
+
+
+def choose(moe: MoeConfig, scores_BLE, bias_E=None):
+  """The top_k experts of each token, int32 [B, L, S], and the weights of what they say, float32 [B, L, S]."""
+  rank_BLE = scores_BLE if bias_E is None else scores_BLE + jax.lax.stop_gradient(bias_E)[None, None]
+  if moe.groups > 1:  # DeepSeek: a group is as good as its two best experts together; with no bias, as its best
+    rank_BLGE = rank_BLE.reshape(*rank_BLE.shape[:2], moe.groups, -1)
+    best = jax.lax.top_k(rank_BLGE, 2 if moe.bias else 1)[0].sum(-1)
+    _, groups_BLS = jax.lax.top_k(best, moe.top_groups)
+    allowed_BLG = (groups_BLS[..., None] == jnp.arange(moe.groups)[None, None, None]).any(-2)
+    rank_BLE = jnp.where(allowed_BLG[..., None], rank_BLGE, -jnp.inf).reshape(rank_BLE.shape)
+  _, experts_BLS = jax.lax.top_k(rank_BLE, moe.top_k)
+  weights_BLS = jnp.sum(jnp.where(experts_BLS[..., None] == jnp.arange(moe.E)[None, None, None],
+                                  scores_BLE[:, :, None], 0.), -1)
+  if moe.normalize:
+    weights_BLS /= jnp.sum(weights_BLS, -1, keepdims=True) + 1e-20
+  return weights_BLS * moe.scale, experts_BLS
+
+
+def _report(moe: MoeConfig, logits_BLE, scores_BLE, experts_BLS, real_BL):
+  count = jnp.maximum(real_BL.sum(), 1)
+  hits_BLE = (experts_BLS[..., None] == jnp.arange(moe.E)[None, None, None]).sum(2) * real_BL[..., None]
+  load_E = hits_BLE.sum((0, 1)).astype(jnp.float32)
+  share_BLE = scores_BLE / (scores_BLE.sum(-1, keepdims=True) + 1e-20)
+  mean_E = (share_BLE * real_BL[..., None]).sum((0, 1)) / count
+  log_z_BL = jax.nn.logsumexp(logits_BLE, -1)
+  return {'balance': moe.E * jnp.sum(load_E / (count * moe.top_k) * mean_E),
+          'z': jnp.sum(log_z_BL ** 2 * real_BL) / count, 'load_E': load_E}
+
+
+def dropless(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD):
+  """Every token reaches its experts: choices are sorted by expert on each device, and jax.lax.ragged_dot multiplies
+  each run of rows with its expert's matrix (MegaBlocks, Gale et al. 2022)."""
+  E = cfg.moe.E
+
+  def local(x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD):
+    S, (B, L, D) = experts_BLS.shape[-1], x_BLD.shape
+    order_T = jnp.argsort(experts_BLS.reshape(-1), stable=True)
+    sizes_E = jnp.bincount(experts_BLS.reshape(-1), length=E).astype(jnp.int32)
+    rows_TD = x_BLD.reshape(-1, D)[order_T // S]
+    hidden_TF = MLPS[cfg.mlp](jax.lax.ragged_dot(rows_TD, gate_EDF, sizes_E)) * jax.lax.ragged_dot(rows_TD, up_EDF, sizes_E)
+    out_TD = jax.lax.ragged_dot(hidden_TF, down_EFD, sizes_E)
+    out_TD *= weights_BLS.reshape(-1)[order_T][:, None].astype(out_TD.dtype)
+    y_BLD = jnp.zeros((B * L, D), out_TD.dtype).at[order_T // S].add(out_TD).reshape(B, L, D)
+    return jax.lax.psum(y_BLD, 'tensor')
+
+  dims = ('BLD', 'BLS', 'BLS')
+  in_specs = (*map(layout.spec, dims), *(layout.spec(d, 'gathered') for d in ('EDF', 'EDF', 'EFD')))
+  weights = (use(w, d, x_BLD.dtype) for w, d in ((gate_EDF, 'EDF'), (up_EDF, 'EDF'), (down_EFD, 'EFD')))
+  return jax.shard_map(local, in_specs=in_specs, out_specs=layout.spec('BLD'))(
+      x_BLD, weights_BLS, experts_BLS, *weights)
+
+
+def capacity(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD):
+  """Each expert takes at most C tokens of a row, the first choices first, then the earlier tokens; the others pass by
+  on the residual stream (GShard, Lepikhin et al. 2020; Switch Transformer). All shapes are static."""
+  moe, (B, L, S) = cfg.moe, experts_BLS.shape
+  C = min(L * S, math.ceil(moe.capacity * L * S / moe.E))
+  hit_BSLE = jax.nn.one_hot(jnp.swapaxes(experts_BLS, 1, 2), moe.E, dtype=jnp.int32)
+  before_BSLE = jnp.cumsum(hit_BSLE.reshape(B, S * L, moe.E), 1).reshape(hit_BSLE.shape) - hit_BSLE
+  slot_BSLEC = jax.nn.one_hot(before_BSLE, C) * hit_BSLE[..., None]  # places from C on are no place
+  send_BLEC = slot_BSLEC.sum(1).astype(x_BLD.dtype)
+  back_BLEC = jnp.sum(slot_BSLEC * jnp.swapaxes(weights_BLS, 1, 2)[..., None, None], 1).astype(x_BLD.dtype)
+  rows_BECD = jnp.einsum('BLEC,BLD->BECD', send_BLEC, x_BLD, out_sharding=layout.spec('BECD'))
+  in_BECF = lambda w_EDF: contract('BECD,EDF->BECF', 'weight', None, rows_BECD, w_EDF)
+  hidden_BECF = MLPS[cfg.mlp](in_BECF(gate_EDF)) * in_BECF(up_EDF)
+  out_BECD = contract('BECF,EFD->BECD', 'weight', None, hidden_BECF, down_EFD)
+  return jnp.einsum('BLEC,BECD->BLD', back_BLEC, out_BECD, out_sharding=layout.spec('BLD'))
+
+
+DISPATCH = {'dropless': dropless, 'capacity': capacity}

@@ -1,0 +1,155 @@
+"""The layers of a decoder: N blocks, their weights stacked, run as few compiled loops.
+
+Weights are always stacked over the layers that have them ([N, …]; mlp and moe over the layers of their kind), the one
+layout there is on disk. Layers of several kinds (a pattern, dense layers before mixtures) run as stages: a scan over
+the repeats of a period, such as local local global; `stages` finds them.
+"""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxlm import layout
+from jaxlm.models.attention import Attention, LatentAttention
+from jaxlm.models.layers import NORMS, Dropout, Mlp
+from jaxlm.models.moe import Moe
+from jaxlm.schema import ModelConfig, layer_kinds
+
+REMAT = {  # name → policy of what the backward pass may keep; None keeps everything, without remat
+    'none': None,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)) → (x_BLD, what `attend` kept, what a mixture reports, or {})."""
+  cfg: ModelConfig
+  kind: tuple[str, str]  # 'local' | 'global', 'mlp' | 'moe'
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, x_BLD, positions_BL, real_BL, attend):
+    cfg, (where, feed) = self.cfg, self.kind
+    norm = lambda place, name, a: NORMS[cfg.norm](cfg, name=name)(a) if cfg.norm_place in (place, 'both') else a
+    layer = (LatentAttention if cfg.mla.kv else Attention)(cfg, where == 'local', name='attention')
+    y_BLD, kept = layer(norm('pre', 'norm1', x_BLD), positions_BL, attend)
+    y_BLD = Dropout(cfg.dropout, self.train)(norm('post', 'norm1_out', y_BLD))
+    if cfg.parallel:
+      residual_BLD = x_BLD + y_BLD
+    else:
+      x_BLD = residual_BLD = x_BLD + y_BLD
+    h_BLD, report = norm('pre', 'norm2', x_BLD), {}
+    if feed == 'moe':
+      y_BLD, report = Moe(cfg, name='moe')(h_BLD, real_BL)
+    else:
+      y_BLD = Mlp(cfg, cfg.F, name='mlp')(h_BLD)
+    y_BLD = Dropout(cfg.dropout, self.train)(norm('post', 'norm2_out', y_BLD))
+    return residual_BLD + y_BLD, kept, report
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """Layers start … start + repeats · len(period), whose kinds are `period` again and again."""
+  start: int
+  period: tuple[tuple[str, str], ...]
+  repeats: int
+
+
+@functools.cache
+def stages(kinds: tuple[tuple[str, str], ...]) -> tuple[Stage, ...]:
+  """The stages that compile the fewest blocks, and of those the fewest stages (so that little is left unrolled)."""
+  best = {len(kinds): (0, 0, ())}
+  for start in reversed(range(len(kinds))):
+    options = []
+    for p in range(1, len(kinds) - start + 1):
+      period, repeats = kinds[start:start + p], 1
+      while True:
+        end = start + p * repeats
+        blocks, count, rest = best[end]
+        options.append((blocks + p, count + 1, (Stage(start, period, repeats), *rest)))
+        if kinds[end:end + p] != period:
+          break
+        repeats += 1
+    best[start] = min(options, key=lambda o: o[:2])
+  return best[0][2]
+
+
+def init(cfg: ModelConfig, key) -> dict:
+  """Fresh weights of the layers. Layer n is made from its own key, whatever its neighbours are."""
+  kinds = layer_kinds(cfg)
+  keys = jax.random.split(key, cfg.N)
+  x_BLD = some_input(cfg)
+  zeros_BL = jnp.zeros(x_BLD.shape[:2], jnp.int32, out_sharding=layout.spec('BL'))
+  no_scores = lambda local, q, k, v: (jnp.zeros((*q.shape[:3], v.shape[-1]), out_sharding=layout.spec('BLHK')), None)
+
+  def stacked(kind, keys):
+    block = Block(cfg, kind, parent=None)
+    return jax.lax.scan(lambda _, k: (None, block.init(k, x_BLD, zeros_BL, zeros_BL == 0, no_scores)['params']), None, keys)[1]
+  tree = {name: w for name, w in stacked(kinds[0], keys).items() if name not in ('mlp', 'moe')}
+  for feed in sorted({feed for _, feed in kinds}):
+    mine = [n for n, kind in enumerate(kinds) if kind[1] == feed]
+    tree[feed] = stacked(('global', feed), keys[jnp.array(mine)])[feed]
+  return tree
+
+
+def some_input(cfg: ModelConfig):
+  """Hidden states of a token on each device, for init functions that want to see their input."""
+  shards = jax.sharding.get_abstract_mesh().shape
+  return jnp.zeros((shards['data'] * shards['fsdp'], 1, cfg.D), out_sharding=layout.spec('BLD'))
+
+
+def run(cfg: ModelConfig, layers: dict, x_BLD, positions_BL, real_BL, attend, dropout_key=None):
+  """x_BLD through all layers → (x_BLD, reports of the mixtures stacked over them, {} if there is none).
+
+  attend: see models/attention.py; real_BL bool: False is padding, which no router counts; dropout only with a key.
+  """
+  kinds, reports = layer_kinds(cfg), []
+  keys = jax.random.split(dropout_key, cfg.N) if dropout_key is not None else None
+  for stage in stages(kinds):
+    per = {feed: sum(kind[1] == feed for kind in stage.period) for feed in ('mlp', 'moe')}
+    before = {feed: sum(kind[1] == feed for kind in kinds[:stage.start]) for feed in per}
+
+    def cut(tree, start, size):
+      return jax.tree.map(lambda a: a[start:start + size * stage.repeats].reshape(stage.repeats, size, *a.shape[1:]), tree)
+    size = len(stage.period)
+    inputs = {'keys': cut(keys, stage.start, size),
+              'common': cut({k: v for k, v in layers.items() if k not in per}, stage.start, size),
+              **{feed: cut(layers[feed], before[feed], n) for feed, n in per.items() if n}}
+    body = functools.partial(_period, cfg, stage, positions_BL, real_BL, attend)
+    x_BLD, report = jax.lax.scan(body, x_BLD, inputs, unroll=1 if cfg.scan else stage.repeats)
+    if report:
+      reports.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report))
+  return x_BLD, jax.tree.map(lambda *a: jnp.concatenate(a) if len(a) > 1 else a[0], *reports) if reports else {}
+
+
+def _period(cfg: ModelConfig, stage: Stage, positions_BL, real_BL, attend, x_BLD, inputs):
+  """One period of a stage: inputs and reports have a leading axis over its layers."""
+  at = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
+  seen, reports = {'mlp': 0, 'moe': 0}, []
+  for j, kind in enumerate(stage.period):
+    params = {**at(inputs['common'], j), kind[1]: at(inputs[kind[1]], seen[kind[1]])}
+    seen[kind[1]] += 1
+
+    def block(params, x_BLD, key, kind=kind):
+      x_BLD, _, report = Block(cfg, kind, key is not None, parent=None).apply(
+          {'params': params}, x_BLD, positions_BL, real_BL, lambda local, *qkv: attend(local, None, *qkv),
+          rngs={'dropout': key} if key is not None else None)
+      return x_BLD, report
+    if REMAT[cfg.remat] is not None:  # common subexpressions are only safe from being merged again within a loop
+      block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan or stage.repeats == 1)
+    x_BLD, report = block(params, x_BLD, at(inputs['keys'], j))
+    reports += [report] if report else []
+  return x_BLD, jax.tree.map(lambda *a: jnp.stack(a), *reports) if reports else {}
+
+
+def unstack(cfg: ModelConfig, layers: dict) -> list[dict]:
+  """The weights of each layer apart, as generation wants them: a slice of a stack would be copied at every token."""
+  seen, out = {'mlp': 0, 'moe': 0}, []
+  for n, (_, feed) in enumerate(layer_kinds(cfg)):
+    index = {name: seen[feed] if name == feed else n for name in layers if name not in seen or name == feed}
+    out.append({name: jax.tree.map(lambda a, i=i: a[i], layers[name]) for name, i in index.items()})
+    seen[feed] += 1
+  return out

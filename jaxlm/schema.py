@@ -1,0 +1,217 @@
+"""The config of a run: frozen dataclasses, each key with its one meaning.
+
+One alphabet names sizes here, suffixes of arrays, einsum subscripts and rows of the sharding table:
+
+    B batch   L length   M memory/key length   D model   H query heads   G key-value heads   K head dim
+    F ffn     V vocab    N layers              P positions   E experts   R low rank
+
+config.py reads them, validate.py checks them; none of the three imports jax.
+"""
+import dataclasses
+import re
+
+from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Rotary positions (Su et al. 2021), and how they reach beyond the length they were trained on."""
+  base: float = 10_000.
+  share: float = 1.         # of the head dim that is turned (GPT-NeoX: 0.25)
+  local_base: float = 0.    # of 'local' layers, which are never scaled (Gemma 3); 0: as all others
+  scaling: str = 'none'     # none | linear | llama3 | yarn
+  factor: float = 1.        # how many times `original`
+  original: int = 0         # positions trained on before (llama3, yarn)
+  low: float = 1.           # llama3: low_freq_factor; yarn: beta_slow
+  high: float = 4.          # llama3: high_freq_factor; yarn: beta_fast
+  magnitude: float = 1.     # yarn: cos and sin times this
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+  """A mixture of experts in place of the mlp (Shazeer et al. 2017). E = 0: none."""
+  E: int = 0                # experts
+  F: int = 0                # ffn width of an expert
+  top_k: int = 2            # experts a token
+  first: int = 0            # the first so many layers are dense (DeepSeek-V3: 3)
+  every: int = 1            # of the others, each so many-th is a mixture
+  shared: int = 0           # ffn width of the expert that every token passes; 0: none
+  score: str = 'softmax'    # softmax | sigmoid, of the router's logits
+  normalize: bool = True    # the weights of a token's experts are made to sum to 1
+  scale: float = 1.         # × those weights (DeepSeek-V3: 2.5)
+  groups: int = 1           # experts lie in so many groups …
+  top_groups: int = 1       # … and a token's all come from the best so many (DeepSeek-V2, §2.1.3)
+  bias: bool = False        # a bias that is added only to choose (DeepSeek-V3, §2.1.2) …
+  bias_rate: float = 0.     # … and is moved by so much a step towards equal loads
+  dispatch: str = 'dropless'  # dropless | capacity
+  capacity: float = 1.25    # capacity: tokens an expert takes at most, as a multiple of the mean
+  balance_loss: float = 0.  # × E · Σ share of tokens · mean score (Switch Transformer, §2.2)
+  z_loss: float = 0.        # × mean log²Σexp of the router's logits (ST-MoE, §3.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class MlaConfig:
+  """Multi-head latent attention (DeepSeek-V2, §2.1). kv = 0: none; then model.K is the whole head dim of q and k."""
+  kv: int = 0               # rank of keys and values
+  q: int = 0                # rank of queries; 0: no bottleneck
+  rope: int = 0             # dims of K that carry the position, one key for all heads
+  v: int = 0                # head dim of values
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A decoder. Each field has one meaning, whatever the family; the defaults are Llama's (configs/ has the others)."""
+  D: int = 256              # model width
+  H: int = 4                # query heads
+  G: int = 4                # key-value heads (grouped-query attention when G < H)
+  K: int = 64               # head dim
+  F: int = 768              # ffn width
+  N: int = 4                # layers
+  V: int = 4096             # vocabulary rows; at least the tokenizer's, and a multiple of mesh.tensor
+  vocab: int = 0            # rows from here to V are padding, never predicted; 0: no row is
+  P: int = 0                # learned positions; 0 with rope
+  norm: str = 'rms'         # rms | layer
+  norm_place: str = 'pre'   # pre | post (of a sublayer's output, before it is added) | both
+  norm_offset: float = 0.   # scales are stored less this (Gemma: 1)
+  norm_eps: float = 1e-5
+  qk_norm: str = 'none'     # RMS norm of queries and keys: none | head (over K) | all (over heads and K)
+  position: str = 'rope'    # rope | learned
+  pattern: str = 'global'   # kinds of layers, repeated over them: global | local, as 'local local global'
+  window: int = 0           # tokens that a local layer sees, itself included
+  attention_scale: float = 0.  # × scores; 0: 1/√K
+  attention_cap: float = 0. # scores become cap · tanh(score/cap); 0: off
+  logit_cap: float = 0.     # as attention_cap, of the logits
+  mlp: str = 'swiglu'       # swiglu | geglu (gated) | gelu (both by the tanh approximation) | gelu_exact | relu
+  parallel: bool = False    # attention and mlp both read the block's input (GPT-NeoX)
+  bias: str = 'none'        # in projections: none | all | qkv | not_qkv; layer norms have one unless none
+  tied: bool = True         # the output matrix is the embedding
+  scale_embedding: bool = False  # embeddings × √D (Gemma)
+  dropout: float = 0.
+  init_std: float = 0.02    # of embeddings and projections; those back into the residual get ÷ √(2N)
+  dtype: str = 'float32'    # of compute: float32 | bfloat16; master weights are always float32
+  attention: str = 'auto'   # auto | dot_product | blocked | plain
+  remat: str = 'none'       # what the backward pass recomputes: none | dots | full
+  scan: bool = True         # True: one compiled layer, looped; False: unrolled (on CPU 7% faster, compiles longer)
+  rope: RopeConfig = RopeConfig()
+  moe: MoeConfig = MoeConfig()
+  mla: MlaConfig = MlaConfig()
+
+
+GATED = ('swiglu', 'geglu')
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """Cross entropy in `chunks` pieces of the length, so that [B, L, V] never exists at once."""
+  chunks: int = 8
+  z_loss: float = 0.        # × log²Z, added to the training loss (PaLM, §5)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """The optimizer (a key of optimizer.OPTIMIZERS) and its learning-rate schedule (a key of SCHEDULES).
+
+  muon (Jordan 2024): the matrices of the layers are updated by orthogonalised momentum, scaled to AdamW's usual size
+  (× 0.2 √max(fan-in, fan-out), Liu et al. 2025), so that one `lr` serves them and AdamW for the rest.
+  """
+  name: str = 'adamw'
+  lr: float = 3e-4
+  schedule: str = 'cosine'  # constant | cosine | linear | wsd | inverse_sqrt
+  warmup: int = 100         # steps of linear warmup from 0
+  decay: float = 0.2        # wsd: the share of steps that decays
+  final: float = 0.1        # learning rate at the last step, as a share of lr
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  no_decay: str = r'scale|bias'  # paths (as layers/q/w) that match are not decayed
+  clip: float = 1.          # by global norm; 0 is off
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices an axis; one of them may be -1: what is left."""
+  data: int = 1             # replicas: only gradients cross it
+  fsdp: int = -1            # batch and weights are cut over it; weights are gathered a layer at a time
+  tensor: int = 1           # heads, ffn and vocabulary are cut over it
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What to train on. Tokens are written once to `cache`, then memory-mapped."""
+  source: str = 'stdlib'    # stdlib | text:GLOB | jsonl:GLOB | arrayrecord:GLOB | tfds:NAME/SPLIT
+  heldout: float = 0.05     # share of documents, by hash of their name, never trained on
+  tokenizer: str = 'bpe:4096'  # bpe:SIZE (trained on the documents) | bytes | a tokenizer.json
+  stop: str = ''            # tokens that end a generated text besides the boundary, by name, with spaces between
+  cache: str = ''           # a folder; '' is data/ in the workdir
+  key: str = 'text'         # the field that holds the text: jsonl, arrayrecord, tfds
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  keep: int = 3             # the newest so many
+  keep_every: int = 0       # and each step that is a multiple of this; 0 is none
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A run."""
+  steps: int = 1000
+  batch: int = 16           # sequences a step, over all devices
+  length: int = 256         # tokens a sequence
+  microbatches: int = 1     # a step's batch is worked off in so many pieces
+  seed: int = 0
+  log_every: int = 10
+  save_every: int = 200
+  eval_every: int = 0       # 0: no held-out loss during training
+  eval_windows: int = 64    # held-out windows of `length` for eval_every
+  compile_cache: str = ''   # a folder; '' is compile_cache/ in the workdir
+  model: ModelConfig = ModelConfig()
+  loss: LossConfig = LossConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  data: DataConfig = DataConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+# What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
+# from the same state and data, except `steps`, which people raise to train on.
+FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|mesh\..*|checkpoint\..*|'
+                  r'data\.(cache|stop)|microbatches|loss\.chunks|model\.(attention|remat|scan))$')
+
+
+# What of a model is about training it, and not about which function its parameters are.
+TRAINING = re.compile(r'model\.(dtype|dropout|init_std|moe\.(dispatch|capacity|balance_loss|z_loss|bias_rate))$')
+
+
+def flatten(config, prefix: str = '') -> dict:
+  """A dataclass (or dict) of dataclasses → {'model.D': 256, …} in order of declaration."""
+  items = ({f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+           if dataclasses.is_dataclass(config) else config)
+  flat = {}
+  for name, value in items.items():
+    nested = dataclasses.is_dataclass(value) or isinstance(value, (dict, ConfigDict))
+    flat.update(flatten(value, f'{prefix}{name}.') if nested else {prefix + name: value})
+  return flat
+
+
+def layer_kinds(m: ModelConfig) -> tuple[tuple[str, str], ...]:
+  """(attention kind, 'mlp' | 'moe') of each layer."""
+  pattern = m.pattern.split()
+  moe = lambda n: m.moe.E and n >= m.moe.first and (n - m.moe.first + 1) % m.moe.every == 0
+  return tuple((pattern[n % len(pattern)], 'moe' if moe(n) else 'mlp') for n in range(m.N))
+
+
+def approximate_params(m: ModelConfig) -> int:
+  """Parameters but norms and biases, with no model built; models.decoder.count_params counts them all."""
+  per_token = 3 if m.mlp in GATED else 2
+  if m.mla.kv:
+    a = m.mla
+    query = (m.D + m.H * m.K) * a.q if a.q else m.D * m.H * m.K
+    attention = query + m.D * (a.kv + a.rope) + a.kv * m.H * (m.K - a.rope + a.v) + m.H * a.v * m.D
+  else:
+    attention = 2 * m.D * m.K * (m.H + m.G)
+  mixtures = sum(kind == 'moe' for _, kind in layer_kinds(m))
+  moe = m.D * m.moe.E + per_token * m.D * (m.moe.E * m.moe.F + m.moe.shared)
+  return (m.N * attention + (m.N - mixtures) * per_token * m.D * m.F + mixtures * moe
+          + (m.V * (1 if m.tied else 2) + m.P) * m.D)
