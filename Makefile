@@ -1,11 +1,11 @@
-# make quickstart | test | bench | smollm2. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
+# make quickstart | test | parity | bench | smollm2. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test bench smollm2 clean
+.PHONY: quickstart test parity bench smollm2 clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ quickstart: $(INSTALLED)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+# Writes docs/parity.md: every family against transformers.
+parity: $(VENV)/installed-test
+	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py -k 'not table'
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/gpt2_step.py

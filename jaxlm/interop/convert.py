@@ -1,4 +1,5 @@
 """Between a foreign checkpoint and ours: the config, then tensor after tensor, through the rows of the family."""
+import dataclasses
 import re
 from collections.abc import Iterator
 
@@ -6,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxlm import config as configs, layout
+from jaxlm import layout
 from jaxlm.errors import UsageError
 from jaxlm.interop.families import FAMILIES, Family
 from jaxlm.interop.mapping import uncovered, units
@@ -28,35 +29,38 @@ def to_model(family: Family, hf: dict) -> dict:
 
 def to_config_json(model_type: str, m: ModelConfig) -> dict:
   """Our model as a config.json of the family. UsageError naming the first field that the family cannot hold."""
+  out, lost = _written(model_type, m)
+  if lost:
+    raise UsageError(f'{model_type} has no place for {lost[0]}')
+  return out
+
+
+def family_of(m: ModelConfig) -> str:
+  """The first family that holds this model. UsageError with what keeps it out of the nearest if none does."""
+  lost = {model_type: _written(model_type, m)[1] for model_type in FAMILIES}
+  nearest = min(lost, key=lambda model_type: len(lost[model_type]))
+  if lost[nearest]:
+    raise UsageError(f'no family holds this model; the nearest, {nearest}, has no place for {" and ".join(lost[nearest])}')
+  return nearest
+
+
+def _written(model_type: str, m: ModelConfig) -> tuple[dict, list[str]]:
+  """(config.json, what of the model is not in it)."""
   family, out = FAMILIES[model_type], {}
   for _, write in family.pieces:
     out |= write(m)
-  back = flatten(configs.from_flat({'length': 1, 'loss.chunks': 1, **{f'model.{k}': v for k, v in
-                                                                     to_model(family, out).items()}}).model)
-  for key, value in flatten(m).items():
-    if key not in ('V', 'vocab') and not any(r.match(f'model.{key}') for r in (FREE, TRAINING)) and not _same(
-        back[key], value):
-      raise UsageError(f'{model_type} has no place for model.{key}={value!r} (it would read back as {back[key]!r})')
-  missing = uncovered(family.rows, shapes(m))
-  if missing:
-    raise UsageError(f'{model_type} has no place for the weights {missing[0]}')
-  return {'architectures': [family.architecture], 'model_type': model_type, **out}
+  back, mine = flatten(dataclasses.replace(ModelConfig(), V=m.V)), flatten(m)
+  back |= to_model(family, out)
+  lost = [f'model.{key}={value!r}' for key, value in mine.items()
+          if key not in ('V', 'vocab') and not any(r.match(f'model.{key}') for r in (FREE, TRAINING))
+          and not _same(back[key], value)]
+  if not lost:
+    lost = [f'the weights {path}' for path in uncovered(family.rows, shapes(m))[:1]]
+  return {'architectures': [family.architecture], 'model_type': model_type, **out}, lost
 
 
 def _same(a, b) -> bool:
   return abs(a - b) <= 1e-9 * abs(b) if isinstance(a, float) and isinstance(b, float) else a == b
-
-
-def family_of(m: ModelConfig) -> str:
-  """The first family that holds this model. UsageError with each family's reason if none does."""
-  reasons = []
-  for model_type in FAMILIES:
-    try:
-      to_config_json(model_type, m)
-      return model_type
-    except UsageError as e:
-      reasons.append(str(e))
-  raise UsageError('no family holds this model: ' + '; '.join(reasons))
 
 
 def shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:

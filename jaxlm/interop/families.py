@@ -134,7 +134,7 @@ def _deepseek_sizes():
 
   def write(m):
     return {**write_keys(m), 'q_lora_rank': m.mla.q or None, 'qk_nope_head_dim': m.K - m.mla.rope,
-            'head_dim': m.mla.rope, 'n_shared_experts': m.moe.shared // m.moe.F, 'rope_interleave': True}
+            'head_dim': m.mla.rope, 'n_shared_experts': m.moe.shared // max(m.moe.F, 1), 'rope_interleave': True}
   return read, write
 
 

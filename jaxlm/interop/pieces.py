@@ -177,7 +177,7 @@ def rope_latent():
 
   def write(m):
     p = _write_rope(m)
-    if m.attention_scale:
+    if m.attention_scale and m.rope.factor > 1:
       p['mscale_all_dim'] = ((m.attention_scale * m.K ** 0.5) ** 0.5 - 1) / (0.1 * math.log(m.rope.factor))
     return {'rope_parameters': p}
   return read, write
