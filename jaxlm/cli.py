@@ -2,6 +2,7 @@
 
     jaxlm train     --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE …]
     jaxlm eval      --workdir=DIR [--data=SOURCE --step=N --context=C --stride=S --batch=B --mesh=D,F,T --json=FILE]
+    jaxlm eval      --workdir=DIR --tasks=NAME[,NAME] [--task_path=DIR --num_fewshot=N --limit=N --context --batch --json]
     jaxlm generate  --workdir=DIR --prompt=TEXT [--max_length=100 --temperature=0.7 --top_k --top_p --min_p
                     --repetition_penalty --num_beams --stop=TEXT --seed=0 --json=FILE]
     jaxlm import    SRC --workdir=DIR [--tokenizer=FILE --vocab_multiple=128 --config.KEY=VALUE …]
@@ -51,6 +52,10 @@ def _flag_values(command: str) -> flags.FlagValues:
                          flag_values=f)
     flags.DEFINE_integer('batch', 16, 'rows at a time; changes speed only', flag_values=f)
     flags.DEFINE_bool('baselines', False, 'gzip -9, xz -9 and a byte 5-gram on the same bytes', flag_values=f)
+    flags.DEFINE_list('tasks', None, 'tasks of lm-evaluation-harness, in place of scoring a text', flag_values=f)
+    flags.DEFINE_string('task_path', None, 'a folder with tasks of your own (YAML)', flag_values=f)
+    flags.DEFINE_integer('num_fewshot', None, 'examples before each question (default: as the task says)', flag_values=f)
+    flags.DEFINE_integer('limit', None, 'documents a task at most', flag_values=f)
   if command == 'generate':
     flags.DEFINE_multi_string('prompt', None, 'a text to go on from; may be given again', flag_values=f)
     flags.DEFINE_integer('max_length', 100, 'new tokens at most', flag_values=f)
@@ -120,7 +125,25 @@ def _write_json(path: str, result: dict) -> None:
 
 
 def _eval(f, overrides):
+  for name in ('data', 'stride', 'baselines') if f.tasks else ('task_path', 'num_fewshot', 'limit'):
+    if f[name].present:
+      raise UsageError(f'--{name} {"does not go" if f.tasks else "goes"} with --tasks')
   lm = _load(f)
+  if f.tasks:
+    _eval_tasks(f, lm)
+  else:
+    _eval_text(f, lm)
+
+
+def _eval_tasks(f, lm):
+  from jaxlm import harness, report  # pylint: disable=g-import-not-at-top  # an optional extra
+  result = harness.run(lm, f.tasks, f.task_path, f.num_fewshot, f.limit, f.context, f.batch)
+  report.print_tasks(result)
+  if f.json:
+    _write_json(f.json, result)
+
+
+def _eval_text(f, lm):
   from jaxlm import evaluate, report  # pylint: disable=g-import-not-at-top
   described, documents = evaluate.source_documents(f.data, lm.config)
   context = f.context if f.context is not None else lm.config.length

@@ -29,7 +29,7 @@ def _piece(cfg, z_loss, logits_BLV, targets_BL, weights_BL):
   return nll + z_loss * jnp.sum(log_z_BL ** 2 * weights_BL), nll
 
 
-def _pieces(chunks, unroll, body, carry, arrays):
+def pieces(chunks, unroll, body, carry, arrays):
   """scan `body` over arrays [B, L, …] cut into `chunks` along L → (carry, ys [B, L, …]); `unroll` makes the loop
   straight-line code, which is faster on CPU."""
   cut = tuple(jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0) for a in arrays)
@@ -53,7 +53,7 @@ def cross_entropy(cfg: ModelConfig, how: LossConfig, x_BLD, unembed_VD, targets_
     x, targets, weights = piece
     loss, nll = _piece(cfg, how.z_loss, unembed(x, w_VD), targets, weights)
     return (sums[0] + loss, sums[1] + nll), None
-  sums, _ = _pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), jnp.float32(0)), (x_BLD, targets_BL, weights_BL))
+  sums, _ = pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), jnp.float32(0)), (x_BLD, targets_BL, weights_BL))
   return sums
 
 
@@ -66,7 +66,7 @@ def _forward(cfg, how, x_BLD, unembed_VD, targets_BL, weights_BL):
     return (carry[0] + loss, carry[1] + nll, carry[2] + dw_VD), dx
   w_VD = use(unembed_VD, 'VD', x_BLD.dtype)  # gathered once, not a piece at a time
   zero_VD = jnp.zeros_like(w_VD, jnp.float32)
-  (loss, nll, dw_VD), dx_BLD = _pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), jnp.float32(0), zero_VD),
+  (loss, nll, dw_VD), dx_BLD = pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), jnp.float32(0), zero_VD),
                                        (x_BLD, targets_BL, weights_BL))
   scatter = jax.linear_transpose(lambda w_VD: use(w_VD, 'VD', jnp.float32), unembed_VD)
   return (loss, nll), (dx_BLD, *scatter(dw_VD))
@@ -89,4 +89,4 @@ def per_token_nll(cfg: ModelConfig, how: LossConfig, x_BLD, unembed_VD, targets_
   def body(carry, piece):
     x, targets = piece
     return carry, token_nll(finish_logits(cfg, unembed(x, w_VD)), targets)[0]
-  return _pieces(how.chunks, not cfg.scan, body, None, (x_BLD, targets_BL))[1]
+  return pieces(how.chunks, not cfg.scan, body, None, (x_BLD, targets_BL))[1]

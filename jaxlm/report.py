@@ -37,6 +37,20 @@ def print_eval(described: str, result: dict) -> None:
   console.print(table)
 
 
+def print_tasks(result: dict) -> None:
+  """The harness's metrics, a line each."""
+  say(f'step {result["step"]}, context {result["context"]}')
+  table = Table(box=box.SIMPLE)
+  for column in ('task', 'documents', 'examples', 'metric', 'value'):
+    table.add_column(column, justify='right' if column in ('documents', 'examples', 'value') else 'left')
+  for task, metrics in result['results'].items():
+    start = (task, *(str(result[key].get(task, '')) for key in ('documents', 'fewshot')))
+    for metric, value in metrics.items():
+      table.add_row(*start, metric, '–' if value is None else f'{value:.4f}')
+      start = ('', '', '')
+  console.print(table)
+
+
 def print_sample(prompt: str, text: str) -> None:
   console.print(f'[bold]{_escape(prompt)}[/bold]{_escape(text)}', markup=True)
 

@@ -108,16 +108,16 @@ def run(cfg: ModelConfig, layers: dict, x_BLD, positions_BL, real_BL, attend, dr
   """
   kinds, reports = layer_kinds(cfg), []
   keys = jax.random.split(dropout_key, cfg.N) if dropout_key is not None else None
+  places = _places(kinds)
   for stage in stages(kinds):
-    per = {feed: sum(kind[1] == feed for kind in stage.period) for feed in ('mlp', 'moe')}
-    before = {feed: sum(kind[1] == feed for kind in kinds[:stage.start]) for feed in per}
-
-    def cut(tree, start, size):
-      return jax.tree.map(lambda a: a[start:start + size * stage.repeats].reshape(stage.repeats, size, *a.shape[1:]), tree)
     size = len(stage.period)
-    inputs = {'keys': cut(keys, stage.start, size),
-              'common': cut({k: v for k, v in layers.items() if k not in per}, stage.start, size),
-              **{feed: cut(layers[feed], before[feed], n) for feed, n in per.items() if n}}
+    inputs = []  # of each layer of the period: what differs from repeat to repeat, [repeats, …]
+    for j in range(size):
+      feed = stage.period[j][1]
+      strides = {name: (places[stage.start + j], sum(k[1] == feed for k in stage.period)) if name == feed
+                 else (stage.start + j, size) for name in layers if name == feed or name not in ('mlp', 'moe')}
+      params = {name: _every(layers[name], *strides[name], stage.repeats) for name in strides}
+      inputs.append((params, _every(keys, stage.start + j, size, stage.repeats)))
     body = functools.partial(_period, cfg, stage, positions_BL, real_BL, attend)
     x_BLD, report = jax.lax.scan(body, x_BLD, inputs, unroll=1 if cfg.scan else stage.repeats)
     if report:
@@ -125,14 +125,20 @@ def run(cfg: ModelConfig, layers: dict, x_BLD, positions_BL, real_BL, attend, dr
   return x_BLD, jax.tree.map(lambda *a: jnp.concatenate(a) if len(a) > 1 else a[0], *reports) if reports else {}
 
 
-def _period(cfg: ModelConfig, stage: Stage, positions_BL, real_BL, attend, x_BLD, inputs):
-  """One period of a stage: inputs and reports have a leading axis over its layers."""
-  at = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
-  seen, reports = {'mlp': 0, 'moe': 0}, []
-  for j, kind in enumerate(stage.period):
-    params = {**at(inputs['common'], j), kind[1]: at(inputs[kind[1]], seen[kind[1]])}
-    seen[kind[1]] += 1
+def _places(kinds) -> list[int]:
+  """Of each layer: which of the layers of its kind of mlp it is."""
+  return [sum(other[1] == kind[1] for other in kinds[:n]) for n, kind in enumerate(kinds)]
 
+
+def _every(tree, start: int, stride: int, count: int):
+  """`count` layers of stacked arrays, from `start` on, `stride` apart. No copy where that is all of them."""
+  return jax.tree.map(lambda a: a[start:start + stride * (count - 1) + 1:stride], tree)
+
+
+def _period(cfg: ModelConfig, stage: Stage, positions_BL, real_BL, attend, x_BLD, inputs):
+  """One period of a stage. Reports have a leading axis over its mixtures."""
+  reports = []
+  for kind, (params, key) in zip(stage.period, inputs):
     def block(params, x_BLD, key, kind=kind):
       x_BLD, _, report = Block(cfg, kind, key is not None, parent=None).apply(
           {'params': params}, x_BLD, positions_BL, real_BL, lambda local, *qkv: attend(local, None, *qkv),
@@ -140,16 +146,14 @@ def _period(cfg: ModelConfig, stage: Stage, positions_BL, real_BL, attend, x_BLD
       return x_BLD, report
     if REMAT[cfg.remat] is not None:  # common subexpressions are only safe from being merged again within a loop
       block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan or stage.repeats == 1)
-    x_BLD, report = block(params, x_BLD, at(inputs['keys'], j))
+    x_BLD, report = block(params, x_BLD, key)
     reports += [report] if report else []
   return x_BLD, jax.tree.map(lambda *a: jnp.stack(a), *reports) if reports else {}
 
 
 def unstack(cfg: ModelConfig, layers: dict) -> list[dict]:
   """The weights of each layer apart, as generation wants them: a slice of a stack would be copied at every token."""
-  seen, out = {'mlp': 0, 'moe': 0}, []
-  for n, (_, feed) in enumerate(layer_kinds(cfg)):
-    index = {name: seen[feed] if name == feed else n for name in layers if name not in seen or name == feed}
-    out.append({name: jax.tree.map(lambda a, i=i: a[i], layers[name]) for name, i in index.items()})
-    seen[feed] += 1
-  return out
+  kinds = layer_kinds(cfg)
+  take = lambda tree, n: jax.tree.map(lambda a: a[n], tree)
+  return [{name: take(layers[name], place if name == feed else n) for name in layers
+           if name == feed or name not in ('mlp', 'moe')} for n, ((_, feed), place) in enumerate(zip(kinds, _places(kinds)))]
