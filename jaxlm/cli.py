@@ -35,7 +35,7 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_integer('vocab_multiple', 1, 'rows of the vocabulary are padded to a multiple of this', flag_values=f)
   if command == 'export':
     flags.DEFINE_string('out', None, 'the folder to write', flag_values=f)
-    flags.DEFINE_string('family', None, 'model_type to write (default: what it came from, else the first that holds it)',
+    flags.DEFINE_string('family', None, 'model_type to write (default: the first that holds the model)',
                         flag_values=f)
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'of the tensors', flag_values=f)
   if command in ('train', 'data'):

@@ -15,6 +15,10 @@ CASES = {
     'gpt2-dropout': {'model.dropout': 0.1},
     'llama-muon-remat-untied-zloss': {
         'optimizer.name': 'muon', 'model.remat': 'full', 'model.tied': False, 'loss.z_loss': 1e-4},
+    'llama-mixture-local-capped': {
+        'model.pattern': 'local global', 'model.window': 9, 'model.qk_norm': 'all', 'model.norm_place': 'both',
+        'model.logit_cap': 5., 'model.attention_cap': 5., 'model.moe.E': 4, 'model.moe.F': 32,
+        'model.moe.first': 1, 'model.moe.shared': 16, 'model.moe.balance_loss': 0.1, 'model.moe.z_loss': 0.01},
 }
 
 
@@ -48,7 +52,8 @@ def test_three_steps_are_equal_on_every_mesh(case, sizes):
   expected, expected_params, _ = reference(case)
   assert compiles == 1
   assert expected[0, 0] > expected[2, 0]  # it learns
-  np.testing.assert_allclose(out, expected, rtol=2e-5)
+  np.testing.assert_allclose(out[:, 0], expected[:, 0], rtol=2e-5)
+  np.testing.assert_allclose(out[:, 1], expected[:, 1], rtol=1e-4)
   common.assert_trees_close(params, expected_params, atol=2e-4)
 
 

@@ -91,9 +91,10 @@ def prepare(config: Config, workdir: pathlib.Path, say=print) -> packing.Cache:
   if not folder.exists():
     packing.build_apart(config.data, folder, say)
   cache = packing.open_cache(config.data, folder)
-  if cache.tokenizer.vocab_size > config.model.V:
-    size = cache.tokenizer.vocab_size
-    raise UsageError(f'model.V={config.model.V}: the tokenizer has {size} tokens; set at least {size}')
+  size = cache.tokenizer.vocab_size
+  for key in ('V', 'vocab'):
+    if 0 < getattr(config.model, key) < size:
+      raise UsageError(f'model.{key}={getattr(config.model, key)}: the tokenizer has {size} tokens; set at least {size}')
   return cache
 
 

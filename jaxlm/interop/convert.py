@@ -22,7 +22,7 @@ def to_model(family: Family, hf: dict) -> dict:
   for read, _ in family.pieces:
     try:
       out |= read(hf)
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
       raise UsageError(f'config.json: a key is missing or malformed ({type(e).__name__}: {e})') from e
   return out
 
@@ -83,14 +83,15 @@ def read(source, m: ModelConfig) -> Iterator[tuple[str, tuple, np.ndarray]]:
   missing = uncovered(source.family.rows, ours)
   if missing:
     raise UsageError(f'{source.path}: this family has no tensor for {missing[0]}')
-  everything = list(units(source.family.rows, m, ours))
+  everything = []
+  for unit in units(source.family.rows, m, ours):  # a config can ask for more tensors than there is memory to list
+    if (shape := source.shape(unit.theirs)) != unit.shape:
+      raise UsageError(f'{source.path}: {unit.theirs} is {list(shape)}, where its config wants {list(unit.shape)}')
+    everything.append(unit)
   unknown = sorted(source.names() - {u.theirs for u in everything})
   unknown = [name for name in unknown if not re.search(source.family.ignored, name)]
   if unknown:
     raise UsageError(f'{source.path}: holds {unknown[0]}, which this family has no use for by its config')
-  for unit in everything:
-    if (shape := source.shape(unit.theirs)) != unit.shape:
-      raise UsageError(f'{source.path}: {unit.theirs} is {list(shape)}, where its config wants {list(unit.shape)}')
   for unit in everything:
     if unit.is_copy:
       for rows, block in source.blocks(unit.theirs):

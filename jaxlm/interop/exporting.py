@@ -37,7 +37,7 @@ def run(lm, out: pathlib.Path, family: str | None, dtype: str) -> dict:
   ends = sorted(lm.stop_ids, key=lambda i: i == lm.tokenizer.boundary)
   reach = max(lm.config.length, m.P, round(m.rope.original * m.rope.factor))
   config = {'max_position_embeddings': reach, **config, 'bos_token_id': lm.tokenizer.opening, 'eos_token_id': ends,
-            'dtype': dtype}
+            'pad_token_id': None, 'dtype': dtype}
   temporary = out.with_name(out.name + '.writing')
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)

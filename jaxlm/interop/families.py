@@ -4,6 +4,7 @@ A new dense family is an entry of FAMILIES and a config file. That both directio
 logits and gradients equal the family's own code, is tested for all of them in tests/test_families.py.
 """
 import dataclasses
+import itertools
 
 from jaxlm.interop import pieces
 from jaxlm.interop.mapping import Row
@@ -88,7 +89,10 @@ def _gpt(fields: dict, *more, theirs: dict, ours: dict):
 def _neo_types():
   """GPT-Neo's attention_types: [[['global', 'local'], 12]]."""
   def read(hf):
-    kinds = [kind for words, count in hf['attention_types'] for _ in range(count) for kind in words]
+    kinds = list(itertools.islice((kind for words, count in hf['attention_types'] for _ in range(count) for kind in words),
+                                  hf['num_layers'] + 1))
+    if len(kinds) != hf['num_layers']:
+      raise pieces.UsageError(f'config.json: attention_types is not of num_layers={hf["num_layers"]} layers')
     return pieces.windows(kinds, hf['window_size'])
 
   def write(m):
@@ -116,7 +120,7 @@ def _experts_qwen():
 
   def write(m):
     return {**write_keys(m), 'num_experts': m.moe.E, 'num_local_experts': m.moe.E,
-            'mlp_only_layers': list(range(m.moe.first)), 'decoder_sparse_step': m.moe.every}
+            'mlp_only_layers': list(range(m.moe.first)) if m.moe.every == 1 else [], 'decoder_sparse_step': m.moe.every}
   return read, write
 
 

@@ -30,22 +30,36 @@ PRE_TOKENIZERS = {
 }
 
 
+class _Reader(gguf.GGUFReader):
+  """The package's, which does not look where the file ends: an array of 2**60 numbers would be read for ever."""
+
+  def _get(self, offset, dtype, count=1, override_order=None):
+    if int(count) * np.dtype(dtype).itemsize > len(self.data) - offset:
+      raise ValueError(f'it ends at byte {len(self.data)}, before what it says is at {offset}')
+    return super()._get(offset, dtype, count, override_order)
+
+
 class GgufFile:
   """A GGUF file as interop reads sources (see huggingface.Folder)."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
     try:
-      reader = gguf.GGUFReader(path)
-      self._fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError) as e:
+      self._read()
+    except (OSError, ValueError, LookupError, ArithmeticError, MemoryError, TypeError, AttributeError, RecursionError) as e:
       raise UsageError(f'{path}: is no whole GGUF file ({type(e).__name__}: {e})') from e
+
+  def _read(self) -> None:
+    path, reader = self.path, _Reader(self.path)
+    self._fields = {name: field.contents() for name, field in reader.fields.items()}
     architecture = self._fields.get('general.architecture')
     if architecture not in ARCHITECTURES:
       raise UsageError(f'{path}: general.architecture={architecture!r}; known are {", ".join(ARCHITECTURES)}')
     self._prefix = f'{architecture}.'
     self.model_type, self._interleaved = ARCHITECTURES[architecture]
     layers = self._key('block_count')
+    if layers > len(reader.tensors):
+      raise UsageError(f'{path}: block_count={layers} is more than its {len(reader.tensors)} tensors')
     names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == architecture), layers)
     hf_names = {}  # the gguf package says which of theirs each of Hugging Face's is
     for row in FAMILIES[self.model_type].rows:
@@ -81,13 +95,16 @@ class GgufFile:
     plain = lambda x: float(str(np.float32(x)))  # GGUF keeps float32: 1e-05 is not 9.999999747e-06
     D, H = self._key('embedding_length'), self._key('attention.head_count')
     kind = self._key('rope.scaling.type', 'none')
+    head_dim = self._key('attention.key_length', D // H)
+    if self._key('rope.dimension_count', head_dim) != head_dim:
+      raise UsageError(f'{self.path}: rope.dimension_count={self._key("rope.dimension_count")} of {head_dim} is not read from GGUF')
     rope = {'rope_theta': plain(self._key('rope.freq_base', 10_000.))}
     if kind not in ('none', ''):
       rope |= {'rope_type': kind, 'factor': plain(self._key('rope.scaling.factor')),
                'original_max_position_embeddings': self._key('rope.scaling.original_context_length',
                                                              self._key('context_length'))}
     return {'hidden_size': D, 'num_attention_heads': H, 'num_key_value_heads': self._key('attention.head_count_kv', H),
-            'head_dim': self._key('attention.key_length', D // H), 'intermediate_size': self._key('feed_forward_length'),
+            'head_dim': head_dim, 'intermediate_size': self._key('feed_forward_length'),
             'num_hidden_layers': self._key('block_count'), 'vocab_size': self.shape('model.embed_tokens.weight')[0],
             'rms_norm_eps': plain(self._key('attention.layer_norm_rms_epsilon')),
             'max_position_embeddings': self._key('context_length'), 'rope_parameters': rope,

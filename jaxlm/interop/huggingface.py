@@ -35,10 +35,12 @@ class Folder:
     self.config = read_json(path / 'config.json')
     self.model_type = self.config.get('model_type')
     self._rename, self._skip = None, None
-    if self.model_type in WRAPPED:
+    if str(self.model_type) in WRAPPED:
       self.model_type, self._rename, self._skip = WRAPPED[self.model_type]
-      self.config = self.config['text_config']
-    if self.model_type not in FAMILIES:
+      self.config = self.config.get('text_config')
+      if not isinstance(self.config, dict):
+        raise UsageError(f'{path}/config.json: has no text_config')
+    if str(self.model_type) not in FAMILIES:
       raise UsageError(f'{path}/config.json: model_type={self.model_type!r} is no known family; known are '
                        + ', '.join(FAMILIES))
     self._where = {}  # our name for it → (file, its name there)
@@ -55,11 +57,12 @@ class Folder:
   def _files(self) -> list[str]:
     index = self.path / 'model.safetensors.index.json'
     if index.is_file():
-      files = sorted(set(read_json(index).get('weight_map', {}).values()))
-      outside = [f for f in files if pathlib.PurePath(f).name != f]
+      where = read_json(index).get('weight_map')
+      files = list(where.values()) if isinstance(where, dict) else [where]
+      outside = [f for f in files if not isinstance(f, str) or pathlib.PurePath(f).name != f or f == '..']
       if outside:
-        raise UsageError(f'{index}: names a file outside of the folder, {outside[0]!r}')
-      return files
+        raise UsageError(f'{index}: names {outside[0]!r}, and wants files of the folder')
+      return sorted(set(files))
     if (self.path / 'model.safetensors').is_file():
       return ['model.safetensors']
     others = [p.name for p in self.path.glob('*.bin')]
@@ -114,7 +117,7 @@ class Folder:
 def read_json(file: pathlib.Path) -> dict:
   try:
     value = json.loads(file.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, RecursionError) as e:
     raise UsageError(f'{file}: cannot be read ({e})') from e
   if not isinstance(value, dict):
     raise UsageError(f'{file}: is no JSON object')

@@ -21,6 +21,7 @@ from jaxlm.schema import Config
 
 CHUNK = 4 * 2 ** 20  # elements of a zarr chunk: what is written at a time
 LENGTH = 2048        # of imported models: what eval takes for its context, if the model reaches that far
+VAST = 2 ** 24       # no size of a config.json is above it; arrays of sizes that were would be made before tensors are looked at
 
 
 def open_source(path: str):
@@ -30,16 +31,45 @@ def open_source(path: str):
 
 
 def config_of(source, tokenizer: Tokenizer, tokenizer_file: pathlib.Path, vocab_multiple: int, overrides) -> Config:
-  """The config of the run that the source becomes."""
-  model = convert.to_model(source.family, source.config)
-  vocab = model['V']
+  """The config of the run that the source becomes. UsageError if it makes none, whatever the overrides."""
+  try:
+    layers = next((n for n in map(source.config.get, ('num_hidden_layers', 'n_layer', 'num_layers')) if isinstance(n, int)), 0)
+    if layers > len(source.names()):
+      raise UsageError(f'config.json: {layers} layers (num_hidden_layers) are more than its {len(source.names())} tensors')
+    model = convert.to_model(source.family, source.config)
+    reach = model.get('P') or source.config.get('max_position_embeddings') or LENGTH
+    if type(reach) is not int:
+      raise UsageError(f'config.json: max_position_embeddings={reach!r} is no count')
+    ends = source.specials()[1]
+    strange = [i for i in ends if type(i) is not int or not 0 <= i < tokenizer.vocab_size or tokenizer.text_of(i) is None]
+    if strange:
+      raise UsageError(f'eos_token_id={strange[0]!r} is no token of its tokenizer')
+    values = {**{f'model.{k}': v for k, v in model.items()}, 'length': min(reach, LENGTH), 'loss.chunks': 1,
+              'data.tokenizer': str(tokenizer_file), 'data.stop': ' '.join(map(tokenizer.text_of, ends))}
+    vast = [k for k, v in model.items() if type(v) is int and v > VAST]
+    if vast:
+      raise UsageError(f'config.json: model.{vast[0]}={model[vast[0]]:.1e} is more than any model has')
+    vocab = configs.from_flat(values).model.V
+    convert.shapes(configs.from_flat(values).model)
+  except UsageError as e:
+    raise UsageError(f'{source.path}: {e}') from e
+  except (ArithmeticError, ValueError) as e:  # numbers that are none, or such that rope has no frequencies
+    raise UsageError(f'{source.path}: config.json: makes no model ({type(e).__name__}: {str(e).splitlines()[0]})') from e
   if vocab % vocab_multiple:
-    model |= {'V': -(-vocab // vocab_multiple) * vocab_multiple, 'vocab': vocab}
-  reach = model.get('P') or source.config.get('max_position_embeddings') or LENGTH
-  stops = [tokenizer.text_of(i) for i in source.specials()[1]]
-  values = {**{f'model.{k}': v for k, v in model.items()}, 'length': min(reach, LENGTH), 'loss.chunks': 1,
-            'data.tokenizer': str(tokenizer_file), 'data.stop': ' '.join(stops)}
+    values |= {'model.V': -(-vocab // vocab_multiple) * vocab_multiple, 'model.vocab': vocab}
   return configs.from_flat({**values, **configs.parsed(overrides)})
+
+
+def tokenizer_of(source, path: str | None) -> Tokenizer:
+  """The tokenizer.json of `path`, or the source's own. UsageError if it is none."""
+  if path and not pathlib.Path(path).is_file():
+    raise UsageError(f'--tokenizer={path}: no such file')
+  try:
+    return Tokenizer(pathlib.Path(path).read_text(encoding='utf-8') if path else source.tokenizer())
+  except UsageError as e:
+    raise UsageError(str(e) if str(source.path) in str(e) else f'{path or source.path}: {e}') from e
+  except Exception as e:  # pylint: disable=broad-except  # tokenizers raises bare Exception for what it cannot read
+    raise UsageError(f'{path or source.path}: its tokenizer cannot be read ({type(e).__name__}: {e})') from e
 
 
 def run(path: str, workdir: pathlib.Path, tokenizer_path: str | None, vocab_multiple: int, overrides, say) -> Config:
@@ -49,10 +79,7 @@ def run(path: str, workdir: pathlib.Path, tokenizer_path: str | None, vocab_mult
   if vocab_multiple < 1:
     raise UsageError(f'--vocab_multiple={vocab_multiple}: wants 1 or more')
   source = open_source(path)
-  if tokenizer_path and not pathlib.Path(tokenizer_path).is_file():
-    raise UsageError(f'--tokenizer={tokenizer_path}: no such file')
-  text = pathlib.Path(tokenizer_path).read_text(encoding='utf-8') if tokenizer_path else source.tokenizer()
-  tokenizer = Tokenizer(text)
+  tokenizer = tokenizer_of(source, tokenizer_path)
   config = config_of(source, tokenizer, workdir / 'tokenizer.json', vocab_multiple, overrides)
   if tokenizer.vocab_size > config.model.V:
     raise UsageError(f'{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model rows for {config.model.V}')
@@ -68,7 +95,7 @@ def run(path: str, workdir: pathlib.Path, tokenizer_path: str | None, vocab_mult
     state = checkpoint.skeleton(temporary, meta)
     with report.progress('importing', sum(map(math.prod, shapes.values()))) as tick:
       write_arrays(state, shapes, convert.read(source, config.model), tick)
-    (workdir / 'tokenizer.json').write_text(text, encoding='utf-8')
+    (workdir / 'tokenizer.json').write_text(tokenizer.json, encoding='utf-8')
     (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
     (workdir / 'checkpoints').mkdir(exist_ok=True)
     (temporary / 'checkpoints' / '0').rename(workdir / 'checkpoints' / '0')

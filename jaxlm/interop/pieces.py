@@ -71,7 +71,7 @@ def query_scale():
   """Gemma's query_pre_attn_scalar: scores are divided by its root."""
   def read(hf):
     return {'attention_scale': 0. if hf['query_pre_attn_scalar'] == hf['head_dim'] else hf['query_pre_attn_scalar'] ** -0.5}
-  return read, lambda m: {'query_pre_attn_scalar': round(m.attention_scale ** -2) if m.attention_scale else m.K}
+  return read, lambda m: {'query_pre_attn_scalar': max(1, round(m.attention_scale ** -2)) if m.attention_scale else m.K}
 
 
 def _period(kinds: list[str]) -> str:
@@ -106,6 +106,8 @@ def window_by_layer(default, more=lambda m: {}):
     strange = [t for t in types if t not in names]
     if strange:
       raise UsageError(f'config.json: layer_types has {strange[0]!r}; known are {", ".join(names)}')
+    if len(types) != hf['num_hidden_layers']:
+      raise UsageError(f'config.json: layer_types has {len(types)} layers, num_hidden_layers is {hf["num_hidden_layers"]}')
     return windows([names[t] for t in types], hf.get('sliding_window'))
 
   def write(m):
