@@ -96,8 +96,8 @@ class GgufFile:
     D, H = self._key('embedding_length'), self._key('attention.head_count')
     kind = self._key('rope.scaling.type', 'none')
     head_dim = self._key('attention.key_length', D // H)
-    if self._key('rope.dimension_count', head_dim) != head_dim:
-      raise UsageError(f'{self.path}: rope.dimension_count={self._key("rope.dimension_count")} of {head_dim} is not read from GGUF')
+    if (turned := self._key('rope.dimension_count', head_dim)) != head_dim:
+      raise UsageError(f'{self.path}: rope.dimension_count={turned} of a head of {head_dim} is not read from GGUF')
     rope = {'rope_theta': plain(self._key('rope.freq_base', 10_000.))}
     if kind not in ('none', ''):
       rope |= {'rope_type': kind, 'factor': plain(self._key('rope.scaling.factor')),

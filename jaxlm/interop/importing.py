@@ -21,7 +21,7 @@ from jaxlm.schema import Config
 
 CHUNK = 4 * 2 ** 20  # elements of a zarr chunk: what is written at a time
 LENGTH = 2048        # of imported models: what eval takes for its context, if the model reaches that far
-VAST = 2 ** 24       # no size of a config.json is above it; arrays of sizes that were would be made before tensors are looked at
+VAST = 2 ** 24       # no model has a size above it; and rope makes an array of a head's size before tensors are looked at
 
 
 def open_source(path: str):
@@ -33,7 +33,8 @@ def open_source(path: str):
 def config_of(source, tokenizer: Tokenizer, tokenizer_file: pathlib.Path, vocab_multiple: int, overrides) -> Config:
   """The config of the run that the source becomes. UsageError if it makes none, whatever the overrides."""
   try:
-    layers = next((n for n in map(source.config.get, ('num_hidden_layers', 'n_layer', 'num_layers')) if isinstance(n, int)), 0)
+    counts = map(source.config.get, ('num_hidden_layers', 'n_layer', 'num_layers'))
+    layers = max((n for n in counts if isinstance(n, int)), default=0)
     if layers > len(source.names()):
       raise UsageError(f'config.json: {layers} layers (num_hidden_layers) are more than its {len(source.names())} tensors')
     model = convert.to_model(source.family, source.config)
