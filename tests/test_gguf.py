@@ -20,7 +20,9 @@ from hypothesis import given, settings, strategies as st
 import jaxlm
 from jaxlm.errors import UsageError
 from jaxlm.interop import convert, importing
+from jaxlm.interop.huggingface import Folder
 from tests import common
+from tests.test_families import tree_of
 from tests.test_interop import BYTES, QUIET, logits_of, run_import, save, saved, some_tokens, tensors
 
 NAMES = {  # Hugging Face's → llama.cpp's
@@ -131,10 +133,9 @@ def test_arrays_are_what_the_package_dequantises(family, kind, peers, tmp_path, 
   assert all(np.isfinite(a).all() and a.std() > 1e-3 for a in meant.values()) and len(meant) > 10
   shutil.copytree(folder, tmp_path / 'hf')
   safetensors.torch.save_file({k: torch.tensor(a) for k, a in meant.items()}, tmp_path / 'hf' / 'model.safetensors')
-  run_import(tmp_path / 'm.gguf', tmp_path / 'run')
-  run_import(tmp_path / 'hf', tmp_path / 'same')
+  config = run_import(tmp_path / 'm.gguf', tmp_path / 'run')
   found = jaxlm.load(tmp_path / 'run').params
-  common.assert_trees_equal(found, jaxlm.load(tmp_path / 'same').params)
+  common.assert_trees_equal(found, tree_of(Folder(tmp_path / 'hf'), config.model))
   np.testing.assert_array_equal(found['embed'], meant['model.embed_tokens.weight'])
 
 
@@ -251,7 +252,7 @@ def test_whatever_byte_is_wrong_there_is_no_other_error(peers, tmp_path):
   whole, rng = (tmp_path / 'm.gguf').read_bytes(), np.random.default_rng(0)
   size = gguf.GGUFReader(tmp_path / 'm.gguf').data_offset
   refused = 0
-  for n in range(150):
+  for n in range(100):
     at, damaged = int(rng.integers(0, size)), bytearray(whole)
     damaged[at] ^= int(rng.integers(1, 256))
     (tmp_path / 'm.gguf').write_bytes(damaged if n % 3 else whole[:at])
@@ -262,7 +263,7 @@ def test_whatever_byte_is_wrong_there_is_no_other_error(peers, tmp_path):
     except UsageError as e:
       assert 'm.gguf' in str(e)
       refused += 1
-  assert refused > 50
+  assert refused > 40
 
 
 # Folders that are damaged or hostile.

@@ -145,7 +145,7 @@ def check_bijection(rows, m):
 
 @pytest.mark.parametrize('kind', convert.FAMILIES)
 def test_both_directions_are_bijections(kind):
-  @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+  @settings(max_examples=6, deadline=None, derandomize=True, database=None)
   @given(models(kind))
   def check(m):
     check_bijection(convert.FAMILIES[kind].rows, m)
@@ -269,8 +269,8 @@ def test_export_in_bfloat16_and_never_over_what_is_there(saved, tmp_path):
 
 
 @pytest.mark.parametrize('changes, what', [
-    ({'norm': 'layer'}, "llama, has no place for model.norm='layer'$"), ({'attention_scale': 2.}, 'model.attention_scale=2.0$'),
-    ({'mlp': 'relu'}, "llama, has no place for model.mlp='relu'$"),
+    ({'norm': 'layer'}, "llama, has no place for model.norm='layer'$"),
+    ({'mlp': 'relu'}, "llama, has no place for model.mlp='relu'$"), ({'attention_scale': 2.}, 'model.attention_scale=2.0$'),
     ({'moe.E': 4, 'moe.F': 8, 'moe.every': 2, 'moe.first': 1}, 'model.moe'),
     ({'mla.kv': 8, 'mla.rope': 2, 'mla.v': 4, 'G': 8, 'attention_scale': .3}, 'deepseek_v3, .*model.attention_scale=0.3')])
 def test_a_model_of_no_family_is_refused(changes, what, tmp_path):
@@ -284,7 +284,7 @@ def test_a_model_of_no_family_is_refused(changes, what, tmp_path):
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
 def test_what_is_trained_here_is_exported(family, texts, tmp_path):
-  c = run_config(texts, **{f'model.{k}': v for k, v in common.MODELS[family].items()})
+  c = run_config(texts, save_every=12, **{f'model.{k}': v for k, v in common.MODELS[family].items()})
   training.train(c, tmp_path / 'run')
   lm = jaxlm.load(tmp_path / 'run')
   report = exporting.run(lm, tmp_path / 'out', None, 'float32')
@@ -316,7 +316,7 @@ def test_a_workdir_with_checkpoints_is_left_as_it_is(saved, tmp_path):
   assert listing(run) == before and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
 def test_an_import_that_dies_midway_can_be_run_again(error, saved, tmp_path, monkeypatch):
   _, folder, run = saved('llama 3')
   read = convert.read
@@ -327,7 +327,7 @@ def test_an_import_that_dies_midway_can_be_run_again(error, saved, tmp_path, mon
         raise error('it dies here')
       yield item
   monkeypatch.setattr(convert, 'read', some)
-  with pytest.raises((error, jaxlm.errors.JaxlmError), match='it dies here'):
+  with pytest.raises(error, match='it dies here'):
     run_import(folder, tmp_path / 'run')
   assert not list((tmp_path / 'run').iterdir())
   monkeypatch.undo()

@@ -54,7 +54,7 @@ def test_three_steps_are_equal_on_every_mesh(case, sizes):
   assert expected[0, 0] > expected[2, 0]  # it learns
   np.testing.assert_allclose(out[:, 0], expected[:, 0], rtol=2e-5)
   np.testing.assert_allclose(out[:, 1], expected[:, 1], rtol=1e-4)
-  common.assert_trees_close(params, expected_params, atol=2e-4)
+  common.assert_trees_close(params, expected_params, atol=5e-4)  # Adam makes much of a gradient near 0; lr is 1e-2
 
 
 def test_weights_are_cut_over_fsdp_and_tensor():
