@@ -251,7 +251,7 @@ def test_export_gives_back_what_was_imported(name, saved, tmp_path, monkeypatch)
   assert theirs.eos_token_id == theirs.bos_token_id == 0 and loaded.generation_config.eos_token_id in (0, [0])
 
 
-def test_export_in_bfloat16_and_never_over_what_is_there(saved, tmp_path):
+def test_export_in_bfloat16_and_never_over_what_is_there(saved, tmp_path, monkeypatch):
   _, folder, run = saved('llama 3')
   lm = jaxlm.load(run)
   report = exporting.run(lm, tmp_path / 'out', None, 'bfloat16')
@@ -265,6 +265,9 @@ def test_export_in_bfloat16_and_never_over_what_is_there(saved, tmp_path):
     exporting.run(lm, tmp_path / 'out', None, 'float32')
   with pytest.raises(UsageError, match='--family=bert'):
     exporting.run(lm, tmp_path / 'new', 'bert', 'float32')
+  monkeypatch.setattr(exporting, 'parity', mock.Mock(side_effect=MemoryError))  # after the tensors are written
+  with pytest.raises(MemoryError):
+    exporting.run(lm, tmp_path / 'new', None, 'float32')
   assert sorted(p.name for p in tmp_path.rglob('*')) == names
 
 
