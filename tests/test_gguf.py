@@ -218,7 +218,7 @@ DAMAGED = {  # (what is written otherwise, what is done to the file, what the li
     'garbage after the magic': ({}, rewrite(lambda b: b[:8] + bytes(range(256))), 'm.gguf: is no whole GGUF'),
     '2**60 tensors': ({}, rewrite(lambda b: b[:8] + (2 ** 60).to_bytes(8, 'little') + b[16:]), 'm.gguf: is no whole GGUF'),
     '2**60 numbers': ({'change': endless}, rewrite(lambda b: b.replace(
-        struct.pack('<IQI', 5, 3, 1), struct.pack('<IQI', 5, 2 ** 60, 1))), 'm.gguf: is no whole GGUF'),
+        struct.pack('<IQI', 5, 3, 1), struct.pack('<IQI', 5, 2 ** 60, 1))), 'm.gguf: is no whole GGUF.*it ends at byte'),
     'a folder': ({}, lambda file: (file.unlink(), file.mkdir()), 'm.gguf: is no whole GGUF'),
     'gone': ({}, lambda file: file.unlink(), 'm.gguf: is no whole GGUF'),
     'another architecture': ({'architecture': 'mamba'}, None, "m.gguf: general.architecture='mamba'; known are"),
