@@ -16,7 +16,7 @@ from jaxlm.errors import UsageError
 
 BOUNDARY = '<|endoftext|>'
 # What opens and closes a document in vocabularies of the field, the first that is there.
-BOUNDARIES = (BOUNDARY, '<|end_of_text|>', '</s>', '<eos>', '[SEP]')
+BOUNDARIES = (BOUNDARY, '<|end_of_text|>', '<｜end▁of▁sentence｜>', '</s>', '<eos>', '[SEP]')
 
 
 class Tokenizer:
