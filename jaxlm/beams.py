@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import layout, sampling
-from jaxlm.generate import Rows
+from jaxlm.decoding import Rows
 from jaxlm.sampling import Sampling
 
 NEVER = -1e9

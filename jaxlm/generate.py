@@ -1,4 +1,4 @@
-"""Text from a model: prefill and step, both jitted, with a cache of keys and values (models/cache.py)."""
+"""Text from a model: sampled here, searched in beams.py; decoding.py runs the model."""
 import functools
 from collections.abc import Callable, Sequence
 
@@ -6,67 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import layout, sampling
+from jaxlm import beams, layout, sampling
+from jaxlm.decoding import Rows
 from jaxlm.errors import UsageError
-from jaxlm.models import cache as caches
 from jaxlm.sampling import Sampling
-from jaxlm.schema import ModelConfig
-
-PLACES = 64  # caches and prompts have a multiple of so many places, so that few lengths are compiled
-
-
-class Rows:
-  """Prompts in a batch with its cache: `start` reads them, `extend` one more token each. Logits are of the last tokens."""
-
-  def __init__(self, lm, prompts: Sequence[Sequence[int]], new: int):
-    self.cfg, self.params = lm.config.model, lm.decoding_params
-    size = -(-len(prompts) // lm.rows_multiple) * lm.rows_multiple
-    longest = max(map(len, prompts))
-    self.length = -(-longest // PLACES) * PLACES
-    self._fit(longest + new)
-    self.places = -(-(self.length + new) // PLACES) * PLACES
-    tokens_BL = np.zeros((size, self.length), np.int32)
-    pad_B = np.full(size, self.length - 1, np.int32)
-    for b, ids in enumerate(prompts):
-      pad_B[b] = self.length - len(ids)
-      tokens_BL[b, pad_B[b]:] = ids
-    self.size, self._prompts = size, prompts
-    self._tokens_BL, self._pad_B = tokens_BL, jax.device_put(pad_B, layout.spec('B'))
-    self.at = self.length
-
-  def _fit(self, length: int) -> None:
-    if self.cfg.P and length > self.cfg.P:
-      raise UsageError(f'prompt and --max_length come to {length} tokens; the model has {self.cfg.P} learned positions')
-
-  def start(self):
-    """logits_BV after the prompts."""
-    empty = _empty(self.cfg, self.size, self.places)
-    logits_BV, self.cache = _forward(self.cfg, self.params, empty, jax.device_put(self._tokens_BL, layout.spec('BL')), 0,
-                                     self._pad_B)
-    return logits_BV
-
-  def extend(self, tokens_B):
-    """logits_BV after one more token a row, int32 [B] on the device."""
-    logits_BV, self.cache = _forward(self.cfg, self.params, self.cache, tokens_B[:, None], self.at, self._pad_B)
-    self.at += 1
-    return logits_BV
-
-  def reorder(self, rows_B: np.ndarray) -> None:
-    """Row b goes on from what row rows_B[b] was."""
-    self.cache = _reorder(self.cache, rows_B)
-
-  def seen(self) -> np.ndarray:
-    """bool [B, V]: the row's prompt has the token."""
-    seen_BV = np.zeros((self.size, self.cfg.V), bool)
-    for b, ids in enumerate(self._prompts):
-      seen_BV[b, list(ids)] = True
-    return seen_BV
-
-
-_forward = jax.jit(caches.forward, static_argnums=0, donate_argnums=2)
-_empty = jax.jit(caches.empty, static_argnums=(0, 1, 2))
-_reorder = jax.jit(lambda cache, rows_B: jax.tree.map(
-    lambda a: a.at[rows_B].get(out_sharding=jax.typeof(a).sharding.spec), cache), donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
@@ -110,6 +53,12 @@ def sample(lm, prompts: Sequence[Sequence[int]], max_length: int, s: Sampling, s
   return out
 
 
+def stopper(stop_ids, decode: Callable[[list[int]], str], strings: Sequence[str]) -> Callable[[int, list[int]], bool]:
+  """`sample`'s stop: at a stop token, or where one of the strings is in the text."""
+  reach = 8 + max((len(x.encode()) for x in strings), default=0)  # tokens back in which a string can begin
+  return lambda b, row: row[-1] in stop_ids or any(x in decode(row[-reach:]) for x in strings)
+
+
 def generate(lm, prompts: list[str], max_length: int, s: Sampling, seed: int, stop_strings: Sequence[str] = (),
              stream: Callable[[str], None] | None = None) -> list[str]:
   """Continuations of texts by an LM (see lm.py): up to max_length new tokens each, or the end of the document, or to
@@ -118,7 +67,6 @@ def generate(lm, prompts: list[str], max_length: int, s: Sampling, seed: int, st
     raise UsageError(f'--max_length={max_length}: wants at least 1')
   if not prompts or any(not isinstance(s_, str) or not s_ for s_ in stop_strings):
     raise UsageError('generate wants at least one prompt, and stop strings that are not empty')
-  from jaxlm import beams  # pylint: disable=g-import-not-at-top  # needs this module
   ids = [lm.tokenizer.prompt(p) for p in prompts]
 
   def text_of(row: list[int]) -> str:
@@ -126,11 +74,9 @@ def generate(lm, prompts: list[str], max_length: int, s: Sampling, seed: int, st
     text = lm.tokenizer.decode(row[:ended])
     return text[:min((text.find(x) for x in stop_strings if x in text), default=len(text))]
 
-  def stop(b: int, row: list[int]) -> bool:
-    del b
-    return row[-1] in lm.stop_ids or any(x in lm.tokenizer.decode(row) for x in stop_strings)
   if s.num_beams > 1:
     new = beams.search(lm, ids, max_length, s, lm.stop_ids)
   else:
+    stop = stopper(lm.stop_ids, lm.tokenizer.decode, stop_strings)
     new = sample(lm, ids, max_length, s, seed, stop, stream and (lambda row: stream(text_of(row))))
   return [text_of(row) for row in new]

@@ -169,9 +169,7 @@ class Harness(TemplateLM):
     return [*until, *self._ends], new, Sampling(**{'temperature': 0, **sampling})
 
   def _continue(self, prompts, until: list[str], new: int, sampling: Sampling, seed: int) -> list[str]:
-    reach = 8 + max(len(x.encode()) for x in until)  # tokens back in which a stop string can begin
-    stop = lambda b, row: row[-1] in self.lm.stop_ids or any(x in self.tok_decode(row[-reach:]) for x in until)
-    rows = generate.sample(self.lm, prompts, new, sampling, seed, stop)
+    rows = generate.sample(self.lm, prompts, new, sampling, seed, generate.stopper(self.lm.stop_ids, self.tok_decode, until))
     return [postprocess_generated_text(self.tok_decode(row, skip_special_tokens=True), until, None) for row in rows]
 
 

@@ -203,7 +203,7 @@ def layer_kinds(m: ModelConfig) -> tuple[tuple[str, str], ...]:
 
 
 def approximate_params(m: ModelConfig) -> int:
-  """Parameters but norms and biases, with no model built; models.decoder.count_params counts them all."""
+  """Parameters but norms and biases, with no model built: what memory to keep, before jax is there."""
   per_token = 3 if m.mlp in GATED else 2
   if m.mla.kv:
     a = m.mla

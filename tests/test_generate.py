@@ -7,7 +7,10 @@ from transformers.generation import logits_process
 
 from jaxlm import generate, sampling
 from jaxlm.errors import UsageError
+from jaxlm.models import cache, decoder
 from jaxlm.sampling import Sampling
+from jaxlm.schema import MoeConfig
+from tests import common
 from tests.test_evaluate import make_lm
 
 PROMPTS = ['def f(', 'a much longer prompt than the other ones', '']
@@ -116,3 +119,13 @@ def test_padded_vocabulary_rows_are_never_sampled():
 def test_bad_lengths_are_refused():
   with pytest.raises(UsageError, match='max_length'):
     make_lm().generate(['x'], 0)
+
+
+def test_what_is_computed_in_float32_stays_so_when_decoding():
+  """Norms and routers: in bfloat16 they would choose other experts than training does."""
+  for cfg in (common.model('llama', dtype='bfloat16', moe=MoeConfig(E=3, F=16)), common.model('gpt2', dtype='bfloat16')):
+    with jax.set_mesh(common.mesh_of(1, 1, 1)):
+      prepared = cache.prepare(cfg, decoder.init_params(cfg, jax.random.key(0)))
+    kept = {jax.tree_util.keystr(path[-1:], simple=True) for path, a in jax.tree_util.tree_leaves_with_path(prepared)
+            if a.dtype == np.float32}
+    assert kept == ({'scale', 'router'} if cfg.moe.E else {'scale', 'bias'}), kept

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jaxlm import optimizer
-from jaxlm.schema import OptimizerConfig
+from jaxlm.schema import MoeConfig, OptimizerConfig
 from jaxlm.models import decoder
 from tests import common
 
@@ -68,6 +68,18 @@ def test_adamw_equals_torch(one_device):
     adam.step()
   for k, p in peers.items():
     np.testing.assert_allclose(params[k], p.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_muon_orthogonalises_each_experts_matrices(one_device):
+  cfg = common.model('llama', moe=MoeConfig(E=3, F=16))
+  params = jax.jit(lambda key: decoder.init_params(cfg, key))(jax.random.key(0))
+  tx, _ = optimizer.make_optimizer(OptimizerConfig(name='muon', lr=1., warmup=0, schedule='constant', weight_decay=0., clip=0.), 10)
+  updates, _ = jax.jit(tx.update)(common.put_params(common.perturbed(params, seed=1), params), tx.init(params), params)
+  for name, matrix in (('gate', (cfg.D, 16)), ('down', (16, cfg.D))):
+    stacked = np.asarray(updates['layers']['moe'][name])
+    assert stacked.shape == (cfg.N, 3, *matrix)
+    singular = np.linalg.svd(stacked, compute_uv=False) / (0.2 * max(matrix) ** 0.5)
+    assert 0.6 < singular.min() and singular.max() < 1.4, (name, singular)
 
 
 def test_muon_orthogonalises_each_layers_matrices(one_device):

@@ -25,7 +25,7 @@ def sizes() -> list[str]:
   return [name.removeprefix('configs/').replace('.py', '') for name in out]
 
 
-# What the models' own pages and papers say, to the last parameter where they do.
+# What the models' own pages and papers say, to the last parameter where they do; llama_1b and quickstart are ours.
 PUBLISHED = {
     'deepseek_v3': 671_026_419_200,
     'gemma2:2b': 2_614_341_888, 'gemma2:9b': 9_241_705_984, 'gemma2:27b': 27_227_128_320,

@@ -145,6 +145,7 @@ class GgufFile:
       tokenizer.post_processor = processors.TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, vocab[bos])])
     return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False)
 
-  def specials(self) -> tuple[list, list]:
-    as_list = lambda v: [] if v is None else [v]
-    return as_list(self._fields.get('tokenizer.ggml.bos_token_id')), as_list(self._fields.get('tokenizer.ggml.eos_token_id'))
+  def ends(self) -> list:
+    """Tokens that end a text."""
+    eos = self._fields.get('tokenizer.ggml.eos_token_id')
+    return [] if eos is None else [eos]

@@ -106,12 +106,12 @@ class Folder:
       raise UsageError(f'{self.path}: has no tokenizer.json; save it with a fast tokenizer, or name one with --tokenizer')
     return file.read_text(encoding='utf-8')
 
-  def specials(self) -> tuple[list, list]:
-    """(what opens a text, what ends one): token ids, as generation_config.json and config.json say."""
+  def ends(self) -> list:
+    """Tokens that end a text, as generation_config.json or else config.json says."""
     file = self.path / 'generation_config.json'
     said = {**self.config, **(read_json(file) if file.is_file() else {})}
-    as_list = lambda v: [] if v is None else list(v) if isinstance(v, list) else [v]
-    return as_list(said.get('bos_token_id')), as_list(said.get('eos_token_id'))
+    eos = said.get('eos_token_id')
+    return [] if eos is None else eos if isinstance(eos, list) else [eos]
 
 
 def read_json(file: pathlib.Path) -> dict:

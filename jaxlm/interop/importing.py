@@ -10,7 +10,6 @@ import pathlib
 import re
 import shutil
 
-
 from jaxlm import checkpoint, config as configs, report
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UsageError
@@ -41,7 +40,7 @@ def config_of(source, tokenizer: Tokenizer, tokenizer_file: pathlib.Path, vocab_
     reach = model.get('P') or source.config.get('max_position_embeddings') or LENGTH
     if type(reach) is not int:
       raise UsageError(f'config.json: max_position_embeddings={reach!r} is no count')
-    ends = source.specials()[1]
+    ends = source.ends()
     strange = [i for i in ends if type(i) is not int or not 0 <= i < tokenizer.vocab_size or tokenizer.text_of(i) is None]
     if strange:
       raise UsageError(f'eos_token_id={strange[0]!r} is no token of its tokenizer')
@@ -50,14 +49,14 @@ def config_of(source, tokenizer: Tokenizer, tokenizer_file: pathlib.Path, vocab_
     vast = [k for k, v in model.items() if type(v) is int and v > VAST]
     if vast:
       raise UsageError(f'config.json: model.{vast[0]}={model[vast[0]]:.1e} is more than any model has')
-    vocab = configs.from_flat(values).model.V
-    convert.shapes(configs.from_flat(values).model)
+    trial = configs.from_flat(values).model
+    convert.shapes(trial)
   except UsageError as e:
     raise UsageError(f'{source.path}: {e}') from e
   except (ArithmeticError, ValueError) as e:  # numbers that are none, or such that rope has no frequencies
     raise UsageError(f'{source.path}: config.json: makes no model ({type(e).__name__}: {str(e).splitlines()[0]})') from e
-  if vocab % vocab_multiple:
-    values |= {'model.V': -(-vocab // vocab_multiple) * vocab_multiple, 'model.vocab': vocab}
+  if trial.V % vocab_multiple:
+    values |= {'model.V': -(-trial.V // vocab_multiple) * vocab_multiple, 'model.vocab': trial.V}
   return configs.from_flat({**values, **configs.parsed(overrides)})
 
 
@@ -90,8 +89,7 @@ def run(path: str, workdir: pathlib.Path, tokenizer_path: str | None, vocab_mult
   temporary = workdir / '.import'
   shutil.rmtree(temporary, ignore_errors=True)
   meta = {'config': json.loads(configs.to_json(config)), 'examples': 0, 'tokenizer': tokenizer.json,
-          'imported': {'from': str(path), 'model_type': source.model_type, 'bos': source.specials()[0],
-                       'eos': source.specials()[1]}}
+          'imported': {'from': str(path), 'model_type': source.model_type}}
   try:
     state = checkpoint.skeleton(temporary, meta)
     with report.progress('importing', sum(map(math.prod, shapes.values()))) as tick:
@@ -120,10 +118,7 @@ def write_arrays(folder: pathlib.Path, shapes: dict[str, tuple[int, ...]], items
     tree[str(keys)] = {'key_metadata': [{'key': k, 'key_type': 2} for k in keys], 'value_metadata': {
         'value_type': 'jax.Array', 'skip_deserialize': False, 'write_shape': list(shape)}}
   for path, index, array in items:
-    target = arrays[path][index] if index else arrays[path]
-    if target.shape != array.shape:
-      target = target[tuple(slice(0, n) for n in array.shape)]  # the vocabulary's padding stays 0
-    target.write(array).result()
+    (arrays[path][index] if index else arrays[path]).write(array).result()
     if progress:
       progress(array.size)
   (folder / '_METADATA').write_text(json.dumps({

@@ -16,9 +16,12 @@ from jaxlm.schema import ModelConfig, layer_kinds
 
 
 def prepare(cfg: ModelConfig, params: dict) -> dict:
-  """Parameters as `forward` takes them: in the compute dtype, the layers apart."""
+  """Parameters as `forward` takes them: the layers apart, and in the compute dtype what is cast to it at every use."""
+  def cast(path, a):
+    return a if path[-1].key in ('scale', 'bias', 'router') else a.astype(cfg.dtype)
+
   def apart(params):
-    params = jax.tree.map(lambda a: a.astype(cfg.dtype), params)
+    params = jax.tree_util.tree_map_with_path(cast, params)
     return {**params, 'layers': unstack(cfg, params['layers'])}
   return jax.jit(apart)(params)
 
@@ -53,10 +56,8 @@ def _attend(cfg: ModelConfig, kept: dict, at, pad_B, local, q_BLHK, k_BLGK, v_BL
   def on_device(q_BLHK, k_BLGK, v_BLGK, k_BMGK, v_BMGK, pad_B, at):
     k_BMGK = jax.lax.dynamic_update_slice(k_BMGK, k_BLGK, (0, at, 0, 0))
     v_BMGK = jax.lax.dynamic_update_slice(v_BMGK, v_BLGK, (0, at, 0, 0))
-    places_M, mine_L = jnp.arange(k_BMGK.shape[1]), at + jnp.arange(q_BLHK.shape[1])
-    ahead_LM = mine_L[:, None] - places_M[None]
-    seen_LM = (ahead_LM >= 0) & (ahead_LM < how.window) if how.window else ahead_LM >= 0
-    seen_BLM = seen_LM[None] & (places_M[None] >= pad_B[:, None])[:, None]
+    L, M = q_BLHK.shape[1], k_BMGK.shape[1]
+    seen_BLM = kernels.visible(how, L, M, at, 0)[None] & (jnp.arange(M)[None] >= pad_B[:, None])[:, None]
     return kernels.mix(how, q_BLHK, k_BMGK, v_BMGK, seen_BLM), k_BMGK, v_BMGK
 
   dims = ('BLHK', 'BLGK', 'BLGK', 'BMGK', 'BMGK', 'B')

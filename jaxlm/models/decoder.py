@@ -66,10 +66,6 @@ def abstract_params(cfg: ModelConfig):
   return jax.eval_shape(functools.partial(init_params, cfg), jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def count_params(cfg: ModelConfig) -> int:
-  return sum(a.size for a in jax.tree.leaves(abstract_params(cfg)))
-
-
 def logits(cfg: ModelConfig, params, tokens_BL, positions_BL, segments_BL):
   """float32 logits_BLV, for those who want all of them (generation, parity); training and evaluation do not."""
   x_BLD, unembed_VD, _ = forward(cfg, params, tokens_BL, positions_BL, segments_BL)

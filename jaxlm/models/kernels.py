@@ -35,8 +35,8 @@ def mix(how: How, q_BLHK, k_BMGK, v_BMGK, allowed_BLM):
   return jnp.einsum('BGRLM,BMGK->BLGRK', p_BGRLM, v_BMGK).reshape(B, L, H, v_BMGK.shape[-1])
 
 
-def _visible(how: How, L: int, M: int, start: int, first: int):
-  """bool [L, M]: query start + l may see key first + m."""
+def visible(how: How, L: int, M: int, start, first):
+  """bool [L, M]: query start + l may see key first + m, for its place."""
   ahead_LM = (start + jnp.arange(L))[:, None] - (first + jnp.arange(M))[None]
   return (ahead_LM >= 0) & (ahead_LM < how.window) if how.window else ahead_LM >= 0
 
@@ -45,7 +45,7 @@ def plain(how: How, q_BLHK, k_BLGK, v_BLGK, segments_BL):
   """All scores at once: the reference."""
   L = q_BLHK.shape[1]
   same_BLM = segments_BL[:, :, None] == segments_BL[:, None]
-  return mix(how, q_BLHK, k_BLGK, v_BLGK, same_BLM & _visible(how, L, L, 0, 0)[None])
+  return mix(how, q_BLHK, k_BLGK, v_BLGK, same_BLM & visible(how, L, L, 0, 0)[None])
 
 
 def dot_product(how: How, q_BLHK, k_BLGK, v_BLGK, segments_BL):
@@ -77,7 +77,7 @@ def blocked(how: How, q_BLHK, k_BLGK, v_BLGK, segments_BL):
     if how.cap:
       s_BHLM = how.cap * jnp.tanh(s_BHLM / how.cap)
     same_BLM = segments_BL[:, start:end, None] == segments_BL[:, None, first:end]
-    seen_BLM = same_BLM & _visible(how, size, end - first, start, first)[None]
+    seen_BLM = same_BLM & visible(how, size, end - first, start, first)[None]
     p_BHLM = jax.nn.softmax(jnp.where(seen_BLM[:, None], s_BHLM, -1e30), -1)
     out.append(jnp.einsum('BHLM,BHMK->BHLK', p_BHLM.astype(q_BLHK.dtype), v_BHMK[:, :, first:end]))
   return jnp.swapaxes(jnp.concatenate(out, 2), 1, 2)
@@ -90,11 +90,7 @@ def attend(name: str, how: How, q_BLHK, k_BLGK, v_BLGK, segments_BL):
   """The kernel called `name` on the mesh; 'auto' is the fastest known for the mesh's platform."""
   if name == 'auto':
     name = 'blocked' if layout.platform() == 'cpu' else 'dot_product'
-  return on_mesh(functools.partial(ATTENTION[name], how), q_BLHK, k_BLGK, v_BLGK, segments_BL)
-
-
-def on_mesh(kernel, q_BLHK, k_BLGK, v_BLGK, segments_BL):
-  """kernel(q, k, v, segments) on what each device holds."""
   in_specs = tuple(layout.spec(dims) for dims in ('BLHK', 'BLGK', 'BLGK', 'BL'))
   arrays = (jax.sharding.reshard(a, s) for a, s in zip((q_BLHK, k_BLGK, v_BLGK, segments_BL), in_specs))
+  kernel = functools.partial(ATTENTION[name], how)
   return jax.shard_map(kernel, in_specs=in_specs, out_specs=layout.spec('BLHK'))(*arrays)

@@ -88,10 +88,12 @@ def init(cfg: ModelConfig, key) -> dict:
   def stacked(kind, keys):
     block = Block(cfg, kind, parent=None)
     return jax.lax.scan(lambda _, k: (None, block.init(k, x_BLD, zeros_BL, zeros_BL == 0, no_scores)['params']), None, keys)[1]
-  tree = {name: w for name, w in stacked(kinds[0], keys).items() if name not in ('mlp', 'moe')}
-  for feed in sorted({feed for _, feed in kinds}):
-    mine = [n for n, kind in enumerate(kinds) if kind[1] == feed]
-    tree[feed] = stacked(('global', feed), keys[jnp.array(mine)])[feed]
+  feeds = sorted({feed for _, feed in kinds})
+  tree = stacked(kinds[0], keys)  # what is common to all layers, and all there is if they are of one kind
+  if len(feeds) > 1:
+    for feed in feeds:
+      mine = [n for n, kind in enumerate(kinds) if kind[1] == feed]
+      tree[feed] = stacked(('global', feed), keys[jnp.array(mine)])[feed]
   return tree
 
 
