@@ -91,7 +91,7 @@ def check_continuations(args, model) -> None:
 def check_nats(args, model) -> None:
   """`jaxlm eval` on a text of the standard library, and transformers on the same ids in the same windows."""
   import torch  # pylint: disable=g-import-not-at-top
-  from jaxlm import evaluate
+  from jaxlm import scoring
   from jaxlm.data.tokenizer import Tokenizer
   text = pathlib.Path(sysconfig.get_path('stdlib')) / 'argparse.py'
   result_file = pathlib.Path(args.workdir) / 'eval_argparse.json'
@@ -101,7 +101,7 @@ def check_nats(args, model) -> None:
   tokenizer = Tokenizer((pathlib.Path(args.workdir) / 'tokenizer.json').read_text(encoding='utf-8'))
   ids = np.array([tokenizer.opening, *tokenizer.encode(text.read_text(encoding='utf-8'))])
   nats = count = 0
-  for window in evaluate.windows(ids, CONTEXT, CONTEXT):
+  for window in scoring.windows(ids, CONTEXT, CONTEXT):
     with torch.no_grad():
       logits = model(torch.tensor(window.ids[None, :-1])).logits[0, window.scored:]
     nats += torch.nn.functional.cross_entropy(logits.double(), torch.tensor(window.ids[1 + window.scored:]),

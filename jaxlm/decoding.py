@@ -1,4 +1,4 @@
-"""Prompts being continued: a batch of rows with its cache of keys and values (models/cache.py), one token at a time."""
+"""Prompts being continued: a batch of rows with its cache (models/cache.py), one token at a time."""
 from collections.abc import Sequence
 
 import jax
@@ -12,30 +12,45 @@ PLACES = 64  # caches and prompts have a multiple of so many places, so that few
 
 
 class Rows:
-  """Prompts in a batch with its cache: `start` reads them, `extend` one more token each. Logits are of the last tokens."""
+  """Prompts in a batch with its cache: `start` reads them, `extend` one more token each. Logits are of the last tokens.
+
+  Beside an encoder, the prompt (its last objective.source tokens) is what the encoder reads, and the decoder begins as it
+  did in training: with the prompt's last token, or, where it was trained on answers (objective spans), with a boundary.
+  """
 
   def __init__(self, lm, prompts: Sequence[Sequence[int]], new: int):
     self.cfg, self.params = lm.config.model, lm.decoding_params
-    size = -(-len(prompts) // lm.rows_multiple) * lm.rows_multiple
+    if self.cfg.kind not in caches.FORWARD:
+      raise UsageError(f'model.kind={self.cfg.kind}: generates no text')
+    self._prompts = prompts
+    self.size = -(-len(prompts) // lm.rows_multiple) * lm.rows_multiple
+    self._source = lm.config.objective.source
+    if self._source:
+      name, boundary = lm.config.objective.name, lm.tokenizer.boundary
+      cut = (lambda ids: ids[:-1]) if name == 'next' else list
+      self._inputs = _aligned([cut(ids)[-self._source:] for ids in prompts], self.size, self._source, right=False)
+      prompts = [[boundary] if name == 'spans' else ids[-1:] for ids in prompts]
     longest = max(map(len, prompts))
-    self.length = -(-longest // PLACES) * PLACES
-    if self.cfg.P and longest + new > self.cfg.P:
-      raise UsageError(f'prompt and --max_length come to {longest + new} tokens; the model has {self.cfg.P} learned positions')
-    self.places = -(-(self.length + new) // PLACES) * PLACES
-    tokens_BL = np.zeros((size, self.length), np.int32)
-    pad_B = np.full(size, self.length - 1, np.int32)
-    for b, ids in enumerate(prompts):
-      pad_B[b] = self.length - len(ids)
-      tokens_BL[b, pad_B[b]:] = ids
-    self.size, self._prompts = size, prompts
-    self._tokens_BL, self._pad_B = tokens_BL, jax.device_put(pad_B, layout.spec('B'))
-    self.at = self.length
+    positions = self.cfg.P - self.cfg.first_position
+    if self.cfg.P and longest + new > positions:
+      raise UsageError(f'prompt and --max_length come to {longest + new} tokens; the model has {positions} learned positions')
+    if self._source and new > lm.config.length:
+      raise UsageError(f'--max_length={new}: beside an encoder the decoder says at most length={lm.config.length} tokens')
+    self.at = -(-longest // PLACES) * PLACES
+    self.places = -(-(self.at + new) // PLACES) * PLACES
+    self._tokens_BL, real_BL = _aligned(prompts, self.size, self.at, right=True)
+    real_BL[len(prompts):, -1] = True
+    self._pad_B = jax.device_put((self.at - real_BL.sum(1)).astype(np.int32), layout.spec('B'))
 
   def start(self):
     """logits_BV after the prompts."""
-    empty = _empty(self.cfg, self.size, self.places)
-    logits_BV, self.cache = _forward(self.cfg, self.params, empty, jax.device_put(self._tokens_BL, layout.spec('BL')), 0,
-                                     self._pad_B)
+    cache = _empty(self.cfg, self.size, self.places)
+    place = lambda a: jax.device_put(a, layout.spec('BL'))
+    if self._source:
+      inputs_BM, real_BM = self._inputs
+      positions_BM = np.broadcast_to(np.arange(self._source, dtype=np.int32), inputs_BM.shape)
+      cache = _remember(self.cfg, self.params, cache, place(inputs_BM), place(real_BM.astype(np.int32)), place(positions_BM))
+    logits_BV, self.cache = _forward(self.cfg, self.params, cache, place(self._tokens_BL), 0, self._pad_B)
     return logits_BV
 
   def extend(self, tokens_B):
@@ -56,7 +71,17 @@ class Rows:
     return seen_BV
 
 
+def _aligned(rows: Sequence[Sequence[int]], size: int, length: int, right: bool) -> tuple[np.ndarray, np.ndarray]:
+  """(ids, which of them are real), [size, length], aligned at one end."""
+  tokens_BL, real_BL = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
+  for b, ids in enumerate(rows):
+    span = slice(length - len(ids), length) if right else slice(len(ids))
+    tokens_BL[b, span], real_BL[b, span] = ids, True
+  return tokens_BL, real_BL
+
+
 _forward = jax.jit(caches.forward, static_argnums=0, donate_argnums=2)
+_remember = jax.jit(caches.remember, static_argnums=0, donate_argnums=2)
 _empty = jax.jit(caches.empty, static_argnums=(0, 1, 2))
 _reorder = jax.jit(lambda cache, rows_B: jax.tree.map(
     lambda a: a.at[rows_B].get(out_sharding=jax.typeof(a).sharding.spec), cache), donate_argnums=0)

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from jaxlm import evaluate, generate, layout, loss, report
+from jaxlm import generate, layout, loss, report, scoring
 from jaxlm.data import pipeline
 from jaxlm.errors import UsageError
-from jaxlm.models import decoder, layers
+from jaxlm.models import kinds, output
 from jaxlm.sampling import Sampling
 from jaxlm.schema import ModelConfig
 
@@ -40,11 +40,11 @@ SAMPLING = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(cfg: ModelConfig, params, batch):
   """float32 [B, L, 2]: −log p of each target, and 1 where it is the likeliest token; 0 in pieces where none has weight."""
-  x_BLD, unembed_VD, _ = decoder.forward(cfg, params, batch['tokens'], batch['positions'], batch['segments'])
-  w_VD = layers.use(unembed_VD, 'VD', x_BLD.dtype)
+  hidden = kinds.forward(cfg, params, batch)
+  unembed = output.gathered(hidden)
 
   def score(x, targets):
-    logits_BLV = decoder.finish_logits(cfg, decoder.unembed(x, w_VD))
+    logits_BLV = output.finish(cfg, output.unembed(unembed, x))
     nll_BL, _ = loss.token_nll(logits_BLV, targets)
     return jnp.stack([nll_BL, jnp.argmax(logits_BLV, -1) == targets], -1)
 
@@ -52,8 +52,8 @@ def _scores(cfg: ModelConfig, params, batch):
     x, targets, weights = piece
     skip = lambda x, targets: jnp.zeros((*targets.shape, 2), out_sharding=layout.spec('BL') + (None,))
     return carry, jax.lax.cond(jnp.any(weights > 0), score, skip, x, targets)  # for contexts' sake: 1.4 × as fast on CPU
-  arrays = (x_BLD, batch['targets'], batch['weights'])
-  return loss.pieces(x_BLD.shape[1] // PIECE, False, body, None, arrays)[1]
+  arrays = (hidden.x_BLD, batch['targets'], batch['weights'])
+  return loss.pieces(hidden.x_BLD.shape[1] // PIECE, False, body, None, arrays)[1]
 
 
 class Harness(TemplateLM):
@@ -113,7 +113,7 @@ class Harness(TemplateLM):
       if len(target) > self.max_length:
         raise UsageError(f'a continuation has {len(target)} tokens, the context {self.max_length}: set --context higher')
       ids = [*(context or [self.prefix_token_id]), *target][-self.max_length - 1:]
-      windows.append(evaluate.Window(np.array(ids, np.int32), len(ids) - 1 - len(target)))
+      windows.append(scoring.Window(np.array(ids, np.int32), len(ids) - 1 - len(target)))
     length = lambda i: PIECE << (max(0, len(windows[i].ids) - 2) // PIECE).bit_length()
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
     out: list = [None] * len(windows)
@@ -131,7 +131,7 @@ class Harness(TemplateLM):
   def _score(self, windows, L: int):
     multiple = self.lm.rows_multiple
     size = min(self._batch, multiple << (-(-len(windows) // multiple) - 1).bit_length())  # few sizes too
-    arrays = evaluate.to_batch([[w] for w in windows], size, L)
+    arrays = scoring.to_batch([[w] for w in windows], size, L)
     placed = pipeline.place(lambda low, high: {k: a[low:high] for k, a in arrays.items()}, size, self.lm.mesh)
     scores_BL2 = jax.device_get(_scores(self.lm.config.model, self.lm.params, placed))
     for row_L2, weights_L in zip(scores_BL2[:len(windows)], arrays['weights'] > 0):

@@ -11,11 +11,11 @@ from jaxlm.schema import Config, MeshConfig
 from jaxlm.data import pipeline
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.metrics import say
-from jaxlm.models import cache, decoder
+from jaxlm.models import cache, kinds
 from jaxlm.sampling import Sampling
 
 
-_logits = jax.jit(decoder.logits, static_argnums=0)
+_logits = jax.jit(kinds.logits, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LM:
     padded_BL = np.pad(tokens_BL, ((0, -rows % self.rows_multiple), (0, 0)))
     with jax.set_mesh(self.mesh):
       batch = pipeline.place(lambda low, high: _one_document(padded_BL[low:high]), len(padded_BL), self.mesh)
-      out_BLV = _logits(self.config.model, self.params, batch['tokens'], batch['positions'], batch['segments'])
+      out_BLV = _logits(self.config.model, self.params, batch)
     return np.asarray(jax.device_get(out_BLV), np.float32)[:rows]
 
   def generate(self, prompts: list[str], max_length: int = 100, temperature: float = 0.7, seed: int = 0, stop=(),
@@ -79,7 +79,7 @@ def load(workdir, step: int | None = None, mesh: MeshConfig | None = None) -> LM
     config = dataclasses.replace(config, mesh=mesh or config.mesh, batch=2 ** 20)  # rows are padded to the mesh here
     made['mesh'] = layout.run_mesh(config)
     with jax.sharding.use_abstract_mesh(made['mesh'].abstract_mesh):
-      return decoder.abstract_params(config.model), made['mesh']
+      return kinds.abstract_params(config.model), made['mesh']
 
   step, config, tokenizer, params = checkpoint.load(pathlib.Path(workdir), abstract, step, say)
   return LM(config, Tokenizer(tokenizer), params, made['mesh'], step)

@@ -5,12 +5,13 @@ neither the forward nor the backward pass holds [B, L, V], and nothing is comput
 redo the largest matmul of a small model).
 """
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from jaxlm import layout
-from jaxlm.models.decoder import UNEMBED, finish_logits, unembed
+from jaxlm.models.output import UNEMBED, Hidden, finish, gathered, unembed
 from jaxlm.models.layers import contract_gradients, use
 from jaxlm.schema import LossConfig, ModelConfig
 
@@ -23,10 +24,17 @@ def token_nll(logits_BLV, targets_BL):
   return log_z_BL - picked_BL, log_z_BL
 
 
-def _piece(cfg, z_loss, logits_BLV, targets_BL, weights_BL):
-  nll_BL, log_z_BL = token_nll(finish_logits(cfg, logits_BLV), targets_BL)
+def _piece(cfg, how, logits_BLV, targets_BL, weights_BL):
+  logits_BLV = finish(cfg, logits_BLV)
+  nll_BL, log_z_BL = token_nll(logits_BLV, targets_BL)
   nll = jnp.sum(nll_BL * weights_BL)
-  return nll + z_loss * jnp.sum(log_z_BL ** 2 * weights_BL), nll
+  loss = nll + how.z_loss * jnp.sum(log_z_BL ** 2 * weights_BL)
+  if how.smoothing:
+    real = cfg.vocab or cfg.V
+    iota_BLV = jax.lax.broadcasted_iota(jnp.int32, logits_BLV.shape, 2, out_sharding=jax.typeof(logits_BLV).sharding)
+    mean_BL = jnp.sum(jnp.where(iota_BLV < real, logits_BLV, 0.), -1) / real
+    loss += how.smoothing * (jnp.sum((log_z_BL - mean_BL) * weights_BL) - nll)
+  return loss, nll
 
 
 def pieces(chunks, unroll, body, carry, arrays):
@@ -41,52 +49,56 @@ def pieces(chunks, unroll, body, carry, arrays):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def cross_entropy(cfg: ModelConfig, how: LossConfig, x_BLD, unembed_VD, targets_BL, weights_BL):
+def cross_entropy(cfg: ModelConfig, how: LossConfig, x_BLD, unembedding: dict, targets_BL, weights_BL):
   """(loss, nll): Σ weights · (nll + z_loss · log²Z), and Σ weights · nll, in nats, float32 scalars.
 
-  x_BLD hidden states (any float dtype), unembed_VD float32, targets_BL int32 in [0, V), weights_BL float32.
-  how.chunks divides L. Differentiable in x and unembed, through `loss` only.
+  x_BLD hidden states (any float dtype), unembedding as in output.Hidden, targets_BL int32 in [0, V), weights_BL float32.
+  how.chunks divides L. With how.smoothing ε, the loss's nll is of a target that is spread over the vocabulary by ε
+  (Szegedy et al. 2016, §7). Differentiable in x and the unembedding, through `loss` only.
   """
-  w_VD = use(unembed_VD, 'VD', x_BLD.dtype)
+  unembedding = gathered(Hidden(x_BLD, unembedding, {}))
 
   def body(sums, piece):
     x, targets, weights = piece
-    loss, nll = _piece(cfg, how.z_loss, unembed(x, w_VD), targets, weights)
+    loss, nll = _piece(cfg, how, unembed(unembedding, x), targets, weights)
     return (sums[0] + loss, sums[1] + nll), None
   sums, _ = pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), jnp.float32(0)), (x_BLD, targets_BL, weights_BL))
   return sums
 
 
-def _forward(cfg, how, x_BLD, unembed_VD, targets_BL, weights_BL):
+def _forward(cfg, how, x_BLD, unembedding, targets_BL, weights_BL):
   def body(carry, piece):
     x, targets, weights = piece
-    (loss, nll), g_BLV = jax.value_and_grad(functools.partial(_piece, cfg, how.z_loss), has_aux=True)(
-        unembed(x, w_VD), targets, weights)
-    dx, dw_VD = contract_gradients(UNEMBED, 'gathered', x, w_VD, g_BLV)
-    return (carry[0] + loss, carry[1] + nll, carry[2] + dw_VD), dx
-  w_VD = use(unembed_VD, 'VD', x_BLD.dtype)  # gathered once, not a piece at a time
-  zero_VD = jnp.zeros_like(w_VD, jnp.float32)
-  (loss, nll, dw_VD), dx_BLD = pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), jnp.float32(0), zero_VD),
-                                       (x_BLD, targets_BL, weights_BL))
-  scatter = jax.linear_transpose(lambda w_VD: use(w_VD, 'VD', jnp.float32), unembed_VD)
-  return (loss, nll), (dx_BLD, *scatter(dw_VD))
+    (loss, nll), g_BLV = jax.value_and_grad(functools.partial(_piece, cfg, how), has_aux=True)(
+        unembed(whole, x), targets, weights)
+    dx, d = contract_gradients(UNEMBED, 'gathered', x, whole['w'], g_BLV)
+    d = {'w': d, 'bias': g_BLV.sum((0, 1))} if 'bias' in whole else {'w': d}
+    return (carry[0] + loss, carry[1] + nll, jax.tree.map(jnp.add, carry[2], d)), dx
+  whole = gathered(Hidden(x_BLD, unembedding, {}))  # once, not a piece at a time
+  zeros = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), whole)
+  (loss, nll, d), dx_BLD = pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), jnp.float32(0), zeros),
+                                  (x_BLD, targets_BL, weights_BL))
+  scatter = jax.linear_transpose(lambda w_VD: use(w_VD, 'VD', jnp.float32), unembedding['w'])
+  return (loss, nll), (dx_BLD, {**d, 'w': scatter(d['w'])[0]})
 
 
 def _backward(cfg, how, gradients, cotangents):
   del cfg, how
-  dx_BLD, dw_VD = gradients
+  dx_BLD, d = gradients
   g = cotangents[0]  # nll is reported, never differentiated
-  return (dx_BLD * g).astype(dx_BLD.dtype), dw_VD * g, None, None
+  return (dx_BLD * g).astype(dx_BLD.dtype), jax.tree.map(lambda a: a * g, d), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
-def per_token_nll(cfg: ModelConfig, how: LossConfig, x_BLD, unembed_VD, targets_BL):
-  """−log p(target) of each token, float32 [B, L], a piece at a time as in cross_entropy; for evaluation."""
-  w_VD = use(unembed_VD, 'VD', x_BLD.dtype)
+def per_token_nll(cfg: ModelConfig, how: LossConfig, x_BLD, unembedding: dict, targets_BL):
+  """−log p(target) of each token, float32 [B, L], a piece at a time as in cross_entropy; for evaluation,
+  whose length how.chunks need not divide."""
+  unembedding = gathered(Hidden(x_BLD, unembedding, {}))
 
   def body(carry, piece):
     x, targets = piece
-    return carry, token_nll(finish_logits(cfg, unembed(x, w_VD)), targets)[0]
-  return pieces(how.chunks, not cfg.scan, body, None, (x_BLD, targets_BL))[1]
+    return carry, token_nll(finish(cfg, unembed(unembedding, x)), targets)[0]
+  chunks = math.gcd(how.chunks, x_BLD.shape[1])
+  return pieces(chunks, not cfg.scan, body, None, (x_BLD, targets_BL))[1]

@@ -1,24 +1,33 @@
-"""What a model is trained on: (params, batch) → a sum to minimise, and sums and counts to report.
+"""What a model is trained on: (params, batch) → a sum to minimise, and sums and counts to report. What is asked of which
+kind of model is in the batch (data/examples.py): here, it is all cross entropy."""
+import jax
+import jax.numpy as jnp
 
-A batch is a dict of arrays [B, L] (see data/packing.py): tokens, targets, segments, positions int32; weights float32.
-"""
 from jaxlm.loss import cross_entropy
-from jaxlm.models import decoder
+from jaxlm.models import heads, kinds
+from jaxlm.models.output import Training
 from jaxlm.schema import Config
 
 
-def causal_lm(config: Config, params, batch, dropout_key=None):
-  """Next-token prediction. Returns (Σ loss, {'nll': Σ nats, 'tokens': Σ weights}); dropout only with a key.
+def token_loss(config: Config, params, batch, training: Training | None = None, carry=None):
+  """Cross entropy of the targets. Returns (Σ loss, ({'nll': Σ nats, 'tokens': Σ weights}, carry)).
 
   A mixture's router losses are means over tokens, so they enter times the tokens; {'load': choices an expert, [N, E]}
   is reported too. They are means of a microbatch: with mixtures, the number of microbatches is part of the objective.
+  With labels (objective pairs), next-sentence prediction enters times the tokens a row, and is reported as pairs_nll,
+  pairs_right and pairs. carry: of a recurrent model, its state before and after the batch.
   """
-  x_BLD, unembed_VD, reports = decoder.forward(config.model, params, batch['tokens'], batch['positions'],
-                                               batch['segments'], dropout_key)
-  loss, nll = cross_entropy(config.model, config.loss, x_BLD, unembed_VD, batch['targets'], batch['weights'])
+  hidden = kinds.forward(config.model, params, batch, training, carry)
+  loss, nll = cross_entropy(config.model, config.loss, hidden.x_BLD, hidden.unembed, batch['targets'], batch['weights'])
   sums = {'nll': nll, 'tokens': batch['weights'].sum()}
-  if reports:
+  if hidden.reports:
     moe = config.model.moe
-    loss += sums['tokens'] * (moe.balance_loss * reports['balance'].sum() + moe.z_loss * reports['z'].sum())
-    sums['load'] = reports['load_E']
-  return loss, sums
+    loss += sums['tokens'] * (moe.balance_loss * hidden.reports['balance'].sum() + moe.z_loss * hidden.reports['z'].sum())
+    sums['load'] = hidden.reports['load_E']
+  if 'labels' in batch:
+    logits_BC = heads.of_pairs(config.model, params, hidden.pooled_BD)
+    nll_B = jax.nn.logsumexp(logits_BC, -1) - jnp.take_along_axis(logits_BC, batch['labels'], -1)[:, 0]
+    sums |= {'pairs_nll': nll_B.sum(), 'pairs': jnp.float32(nll_B.size),
+             'pairs_right': jnp.sum(logits_BC.argmax(-1) == batch['labels'][:, 0]).astype(jnp.float32)}
+    loss += config.objective.next_sentence * sums['tokens'] * sums['pairs_nll'] / sums['pairs']
+  return loss, (sums, hidden.carry)

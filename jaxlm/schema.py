@@ -4,10 +4,12 @@ One alphabet names sizes here, suffixes of arrays, einsum subscripts and rows of
 
     B batch   L length   M memory/key length   D model   H query heads   G key-value heads   K head dim
     F ffn     V vocab    N layers              P positions   E experts   R low rank
+    C classes    T token types    S selected places or choices    J gates of a cell
 
 config.py reads them, validate.py checks them; none of the three imports jax.
 """
 import dataclasses
+import math
 import re
 
 from ml_collections import ConfigDict
@@ -59,28 +61,57 @@ class MlaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RelativeConfig:
+  """T5's relative positions (Raffel et al. 2020, §2.1): a learned bias a head and bucket of distances."""
+  buckets: int = 32
+  distance: int = 128       # from here on all distances share the last bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class RnnConfig:
+  """Recurrent cells of width model.D, model.N of them stacked (kinds rnn and rnn_seq2seq)."""
+  cell: str = 'lstm'        # lstm (Hochreiter & Schmidhuber 1997) | gru (Cho et al. 2014)
+  attention: str = 'none'   # rnn_seq2seq: none | bahdanau (additive, 2015) | luong (multiplicative, 2015)
+  teacher: float = 1.       # rnn_seq2seq, training: share of inputs that are the text's; the others are the model's own
+  sampling: float = 0.      # inverse-sigmoid decay of `teacher` (Bengio et al. 2015), its k in steps; 0: constant
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder. Each field has one meaning, whatever the family; the defaults are Llama's (configs/ has the others)."""
+  """A model. Each field has one meaning, whatever the family; the defaults are Llama's (configs/ has the others)."""
+  kind: str = 'decoder'     # decoder | encoder | seq2seq | rnn | rnn_seq2seq: a key of models.kinds.KINDS
   D: int = 256              # model width
   H: int = 4                # query heads
   G: int = 4                # key-value heads (grouped-query attention when G < H)
   K: int = 64               # head dim
   F: int = 768              # ffn width
   N: int = 4                # layers
+  encoder_N: int = 0        # layers of a seq2seq's encoder
   V: int = 4096             # vocabulary rows; at least the tokenizer's, and a multiple of mesh.tensor
   vocab: int = 0            # rows from here to V are padding, never predicted; 0: no row is
-  P: int = 0                # learned positions; 0 with rope
+  P: int = 0                # learned positions; 0 with any other
+  first_position: int = 0   # row of the first of them (RoBERTa, BART: 2)
+  T: int = 0                # token types, of the two texts of a pair (BERT: 2); 0: none
+  C: int = 0                # classes of the head
   norm: str = 'rms'         # rms | layer
-  norm_place: str = 'pre'   # pre | post (of a sublayer's output, before it is added) | both
+  norm_place: str = 'pre'   # pre | post (of a sublayer's output, before it is added) | both | after (it is added: 2017)
   norm_offset: float = 0.   # scales are stored less this (Gemma: 1)
   norm_eps: float = 1e-5
   qk_norm: str = 'none'     # RMS norm of queries and keys: none | head (over K) | all (over heads and K)
-  position: str = 'rope'    # rope | learned
-  pattern: str = 'global'   # kinds of layers, repeated over them: global | local, as 'local local global'
-  window: int = 0           # tokens that a local layer sees, itself included
+  embed_norm: bool = False  # a norm of the embeddings (BERT, BART)
+  position: str = 'rope'    # rope | learned | sinusoidal | relative (T5) | none
+  pattern: str = 'global'   # kinds of layers, repeated over them, as 'local local global': words of kernels.SEEN, or some of
+                            # them joined by +, as 'local+stride' (Sparse Transformer, strided)
+  window: int = 0           # tokens that a local layer sees, itself included; the stride; the size of a block
+  first: int = 0            # of the word first: tokens that all see and that see all; of summary: the last so many of a block
   attention_scale: float = 0.  # × scores; 0: 1/√K
   attention_cap: float = 0. # scores become cap · tanh(score/cap); 0: off
   logit_cap: float = 0.     # as attention_cap, of the logits
+  logit_scale: float = 1.   # × logits (T5 with tied embeddings: 1/√D)
+  output_bias: bool = False # a bias of the logits
+  head: str = 'lm'          # what hidden states go through: lm (nothing) | mlm (BERT's transform) | none of them is logits:
+                            # classify | tag | span (models/heads.py)
+  pooler: bool = False      # BERT's: a dense layer and tanh of the first token
   mlp: str = 'swiglu'       # swiglu | geglu (gated) | gelu (both by the tanh approximation) | gelu_exact | relu
   parallel: bool = False    # attention and mlp both read the block's input (GPT-NeoX)
   bias: str = 'none'        # in projections: none | all | qkv | not_qkv; layer norms have one unless none
@@ -93,11 +124,14 @@ class ModelConfig:
   remat: str = 'none'       # what the backward pass recomputes: none | dots | full
   scan: bool = True         # True: one compiled layer, looped; False: unrolled (on CPU 7% faster, compiles longer)
   rope: RopeConfig = RopeConfig()
+  relative: RelativeConfig = RelativeConfig()
+  rnn: RnnConfig = RnnConfig()
   moe: MoeConfig = MoeConfig()
   mla: MlaConfig = MlaConfig()
 
 
 GATED = ('swiglu', 'geglu')
+WORDS = ('global', 'local', 'stride', 'block', 'summary', 'first')  # of a pattern: kernels.SEEN says what they mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +139,19 @@ class LossConfig:
   """Cross entropy in `chunks` pieces of the length, so that [B, L, V] never exists at once."""
   chunks: int = 8
   z_loss: float = 0.        # × log²Z, added to the training loss (PaLM, §5)
+  smoothing: float = 0.     # label smoothing: so much of each target is spread over the vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+  """What is asked of the model: how a window of the text becomes an example (a key of data/examples.EXAMPLES)."""
+  name: str = 'causal'      # causal | next | prefix | spans (for seq2seq kinds) | mask | pairs (for encoders)
+  source: int = 0           # tokens that an encoder reads; 0 where there is none
+  share: float = 0.15       # of tokens that are masked (mask, pairs, spans)
+  span: float = 3.          # spans: mean tokens of a masked span
+  whole_words: bool = False # mask, pairs: all tokens of a word, or none
+  static: bool = False      # mask, pairs: the same masks in every epoch (BERT); False: new ones (RoBERTa)
+  next_sentence: float = 1. # pairs: × the loss of next-sentence prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +192,7 @@ class DataConfig:
   stop: str = ''            # tokens that end a generated text besides the boundary, by name, with spaces between
   cache: str = ''           # a folder; '' is data/ in the workdir
   key: str = 'text'         # the field that holds the text: jsonl, arrayrecord, tfds
+  order: str = 'shuffled'   # shuffled | contiguous: row b of a step goes on where row b of the step before ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +215,7 @@ class Config:
   eval_windows: int = 64    # held-out windows of `length` for eval_every
   compile_cache: str = ''   # a folder; '' is compile_cache/ in the workdir
   model: ModelConfig = ModelConfig()
+  objective: ObjectiveConfig = ObjectiveConfig()
   loss: LossConfig = LossConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
@@ -181,7 +230,7 @@ FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_
 
 
 # What of a model is about training it, and not about which function its parameters are.
-TRAINING = re.compile(r'model\.(dtype|dropout|init_std|moe\.(dispatch|capacity|balance_loss|z_loss|bias_rate))$')
+TRAINING = re.compile(r'model\.(dtype|dropout|init_std|rnn\.(teacher|sampling)|moe\.(dispatch|capacity|balance_loss|z_loss|bias_rate))$')
 
 
 def flatten(config, prefix: str = '') -> dict:
@@ -200,6 +249,24 @@ def layer_kinds(m: ModelConfig) -> tuple[tuple[str, str], ...]:
   pattern = m.pattern.split()
   moe = lambda n: m.moe.E and n >= m.moe.first and (n - m.moe.first + 1) % m.moe.every == 0
   return tuple((pattern[n % len(pattern)], 'moe' if moe(n) else 'mlp') for n in range(m.N))
+
+
+def selected(c: Config) -> int:
+  """S: places of a row that objectives mask and pairs can mask."""
+  return math.ceil(c.objective.share * c.length)
+
+
+def span_lengths(o: ObjectiveConfig) -> tuple[int, int]:
+  """Of objective spans: (tokens of a window, tokens of its targets) such that what is left of a window with its sentinels,
+  and a token more, fills the source (T5's random_spans_helper)."""
+  def lengths(tokens):
+    noise = round(tokens * o.share)
+    count = max(1, round(noise / o.span))
+    return tokens - noise + count + 1, noise + count + 1
+  tokens = o.source
+  while lengths(tokens + 1)[0] <= o.source:
+    tokens += 1
+  return tokens, lengths(tokens)[1]
 
 
 def approximate_params(m: ModelConfig) -> int:

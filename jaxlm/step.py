@@ -5,14 +5,17 @@ import optax
 
 from jaxlm import layout
 from jaxlm.schema import Config, MoeConfig
-from jaxlm.models.decoder import init_params
-from jaxlm.objectives import causal_lm
+from jaxlm.models import kinds
+from jaxlm.models.output import Training
+from jaxlm.objectives import token_loss
 
 
 def init_state(config: Config, tx, key) -> dict:
-  """A fresh state {'params', 'opt', 'step'}, sharded as its letters say."""
-  params = init_params(config.model, key)
-  return {'params': params, 'opt': tx.init(params), 'step': jnp.int32(0)}
+  """A fresh state {'params', 'opt', 'step'}, sharded as its letters say; where rows of the data go on from step to step, also
+  {'carry'}: what a recurrent model remembers of them."""
+  params = kinds.init_params(config.model, key)
+  state = {'params': params, 'opt': tx.init(params), 'step': jnp.int32(0)}
+  return {**state, 'carry': kinds.empty_carry(config.model, config.batch)} if config.data.order == 'contiguous' else state
 
 
 def abstract_state(config: Config, tx):
@@ -24,8 +27,15 @@ def _microbatches(count: int, batch):
   """[B, …] → [count, B/count, …]. Rows are dealt out in turn, so that each piece lies on all devices evenly."""
   def deal(a):
     rows = jnp.moveaxis(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 1, 0)
-    return jax.sharding.reshard(rows, jax.P(None, *layout.spec('BL')))
+    return jax.sharding.reshard(rows, jax.P(None, *layout.spec('B')))
   return jax.tree.map(deal, batch)
+
+
+def _whole(pieces):
+  """The inverse of _microbatches."""
+  def gather(a):
+    return jax.sharding.reshard(jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), layout.spec('B'))
+  return jax.tree.map(gather, pieces)
 
 
 def even_out(moe: MoeConfig, params, sums):
@@ -37,37 +47,42 @@ def even_out(moe: MoeConfig, params, sums):
   return {**params, 'layers': {**params['layers'], 'moe': {**mixtures, 'bias': moved_NE}}}
 
 
-def make_step(config: Config, tx, schedule, objective=causal_lm):
+def make_step(config: Config, tx, schedule, objective=token_loss):
   """(state, batch) → (state, sums): one update, to be jitted with the state donated.
 
   The gradient is Σ gradients / Σ tokens over all microbatches, so their number changes nothing but memory. An update
   whose loss or gradient is not finite is not applied: the state stays, and sums['finite'] is 0.
   """
   def train_step(state, batch):
-    key = jax.random.fold_in(jax.random.key(config.seed), state['step']) if config.model.dropout else None
+    key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
 
-    def gradient(index, micro):
-      micro_key = jax.random.fold_in(key, index) if key is not None else None
-      loss_fn = lambda params: objective(config, params, micro, micro_key)
-      (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state['params'])
-      return grads, {'loss': loss, **sums}
+    def gradient(index, micro, carry):
+      micro_key = jax.random.fold_in(key, index)
+      training = Training(micro_key if config.model.dropout else None, micro_key, state['step'])
+      loss_fn = lambda params: objective(config, params, micro, training, carry)
+      (loss, (sums, carry)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state['params'])
+      return (grads, {'loss': loss, **sums}), carry
 
     count = config.microbatches
     if count == 1:
-      grads, sums = gradient(0, batch)
+      (grads, sums), carry = gradient(0, batch, state.get('carry'))
     else:
-      pieces = (jnp.arange(count), _microbatches(count, batch))
-      shapes = jax.eval_shape(gradient, *jax.tree.map(lambda a: a[0], pieces))[1]
-      zeros = (jax.tree.map(jnp.zeros_like, state['params']), jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
-      (grads, sums), _ = jax.lax.scan(lambda carry, piece: (jax.tree.map(jnp.add, carry, gradient(*piece)), None),
-                                      zeros, pieces)
+      pieces = (jnp.arange(count), *_microbatches(count, (batch, state.get('carry'))))
+      shapes = jax.eval_shape(gradient, *jax.tree.map(lambda a: a[0], pieces))[0]
+      zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), shapes)
+
+      def add(sums, piece):
+        more, carry = gradient(*piece)
+        return jax.tree.map(jnp.add, sums, more), carry
+      (grads, sums), carry = jax.lax.scan(add, zeros, pieces)
+      carry = _whole(carry)
     grads = jax.tree.map(lambda g: g / jnp.maximum(sums['tokens'], 1), grads)
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
     updates, opt = tx.update(grads, state['opt'], state['params'])
     params = even_out(config.model.moe, optax.apply_updates(state['params'], updates), sums)
-    new = {'params': params, 'opt': opt, 'step': state['step'] + 1}
+    new = {'params': params, 'opt': opt, 'step': state['step'] + 1} | ({'carry': carry} if 'carry' in state else {})
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
     return new, {**sums, 'grad_norm': grad_norm, 'param_norm': optax.tree.norm(new['params']),
                  'learning_rate': schedule(state['step']), 'finite': finite.astype(jnp.float32)}

@@ -6,12 +6,11 @@ import pathlib
 from typing import Callable
 
 import jax
-import jax.numpy as jnp
 
 from jaxlm import config as configs, evaluate, layout, metrics
 from jaxlm.checkpoint import Checkpoints, resume, run_meta
 from jaxlm.schema import Config
-from jaxlm.data import pipeline as pipelines
+from jaxlm.data import examples, pipeline as pipelines
 from jaxlm.errors import JaxlmError, Preempted, StorageError
 from jaxlm.metrics import say
 from jaxlm.optimizer import make_optimizer
@@ -86,10 +85,9 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
 
 def abstract_batch(config: Config, mesh):
   """Shapes, dtypes and shardings of a training batch."""
-  dtypes = {'tokens': jnp.int32, 'targets': jnp.int32, 'segments': jnp.int32, 'positions': jnp.int32,
-            'weights': jnp.float32}
   sharding = jax.sharding.NamedSharding(mesh, layout.spec('BL'))
-  return {k: jax.ShapeDtypeStruct((config.batch, config.length), d, sharding=sharding) for k, d in dtypes.items()}
+  return {name: jax.ShapeDtypeStruct((config.batch, length), dtype, sharding=sharding)
+          for name, (length, dtype) in examples.shapes(config).items()}
 
 
 def _fresh_state(config: Config, tx):

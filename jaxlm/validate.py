@@ -3,11 +3,14 @@ import difflib
 import re
 
 from jaxlm.errors import UsageError
-from jaxlm.schema import GATED, Config, flatten, layer_kinds
+from jaxlm.schema import GATED, WORDS, Config, flatten, layer_kinds, selected, span_lengths
 
 CHOICES = {
-    'model.norm': ('rms', 'layer'), 'model.norm_place': ('pre', 'post', 'both'),
-    'model.qk_norm': ('none', 'head', 'all'), 'model.position': ('rope', 'learned'),
+    'model.kind': ('decoder', 'encoder', 'seq2seq', 'rnn', 'rnn_seq2seq'),
+    'model.norm': ('rms', 'layer'), 'model.norm_place': ('pre', 'post', 'both', 'after'),
+    'model.qk_norm': ('none', 'head', 'all'), 'model.position': ('rope', 'learned', 'sinusoidal', 'relative', 'none'),
+    'model.head': ('lm', 'mlm'), 'model.rnn.cell': ('lstm', 'gru'), 'model.rnn.attention': ('none', 'bahdanau', 'luong'),
+    'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs'), 'data.order': ('shuffled', 'contiguous'),
     'model.mlp': ('swiglu', 'geglu', 'gelu', 'gelu_exact', 'relu'), 'model.bias': ('none', 'all', 'qkv', 'not_qkv'),
     'model.dtype': ('float32', 'bfloat16'), 'model.attention': ('auto', 'dot_product', 'blocked', 'plain'),
     'model.remat': ('none', 'dots', 'full'), 'model.rope.scaling': ('none', 'linear', 'llama3', 'yarn'),
@@ -16,8 +19,8 @@ CHOICES = {
 }
 # Keys that may be zero; every other number but the mesh's is above it.
 ZERO_OK = re.compile(
-    r'(seed|eval_every|loss\.z_loss|data\.heldout|checkpoint\.keep_every|'
-    r'model\.(P|vocab|window|norm_offset|attention_scale|attention_cap|logit_cap|dropout|rope\.(local_base|original)|'
+    r'(seed|eval_every|loss\.(z_loss|smoothing)|objective\.(source|next_sentence)|data\.heldout|checkpoint\.keep_every|'
+    r'model\.(encoder_N|first_position|T|C|first|rnn\.(teacher|sampling)|P|vocab|window|norm_offset|attention_scale|attention_cap|logit_cap|dropout|rope\.(local_base|original)|'
     r'moe\.(E|F|first|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
     r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2))$')
 
@@ -36,12 +39,14 @@ def validate(c: Config) -> None:
   for key, value in flat.items():
     if type(value) in (int, float) and not key.startswith('mesh.'):
       need(value > 0 or (value == 0 and ZERO_OK.match(key)), key, 'wants a number above 0')
-  for key in ('model.dropout', 'data.heldout', 'optimizer.decay', 'optimizer.b1', 'optimizer.b2'):
+  for key in ('model.dropout', 'data.heldout', 'optimizer.decay', 'optimizer.b1', 'optimizer.b2', 'loss.smoothing',
+              'objective.share'):
     need(0 <= flat[key] < 1, key, 'wants a number from 0 up to, not including, 1')
   _model(m, need)
-  need(m.position == 'rope' or m.P >= c.length, 'model.P', f'learned positions must cover length={c.length}')
   need(c.batch % c.microbatches == 0, 'microbatches', f'does not divide batch={c.batch}')
-  need(c.length % c.loss.chunks == 0, 'loss.chunks', f'does not divide length={c.length}')
+  _objective(c, need)
+  targets = selected(c) if m.kind == 'encoder' else c.length
+  need(targets % c.loss.chunks == 0, 'loss.chunks', f'does not divide the {targets} targets of a row (length={c.length})')
   try:
     re.compile(c.optimizer.no_decay)
   except re.error as e:
@@ -55,18 +60,45 @@ def validate(c: Config) -> None:
     check_mesh(c, sizes)
 
 
+# Which objectives a kind of model can have.
+OBJECTIVES = {'decoder': ('causal',), 'rnn': ('causal',), 'encoder': ('mask', 'pairs'), 'seq2seq': ('next', 'prefix', 'spans'),
+              'rnn_seq2seq': ('next', 'prefix')}
+
+
+def _objective(c: Config, need) -> None:
+  """The objective, the data and the kind of model must go together."""
+  m, o = c.model, c.objective
+  need(o.name in OBJECTIVES[m.kind], 'objective.name', f'model.kind={m.kind} wants one of {", ".join(OBJECTIVES[m.kind])}')
+  reads = m.kind in ('seq2seq', 'rnn_seq2seq')
+  need((o.source > 0) == reads, 'objective.source', 'wants the tokens that the encoder reads' if reads else
+       f'model.kind={m.kind} has no encoder beside it: set 0')
+  if o.name == 'spans':
+    need(span_lengths(o)[1] <= c.length, 'length', f'spans of objective.source={o.source} have {span_lengths(o)[1]} targets')
+  if o.name == 'pairs':
+    need(m.pooler and m.T == 2 and m.C == 2, 'model.pooler', 'pairs want model.pooler=True, model.T=2 and model.C=2')
+    need(c.length >= 8, 'length', 'pairs want 8 or more')
+  need(m.kind != 'encoder' or m.head == 'mlm', 'model.head', 'an encoder is trained with head=mlm')
+  need(c.data.order == 'shuffled' or m.kind == 'rnn', 'data.order', f'model.kind={m.kind} remembers nothing from step to step')
+  reach = max(c.length, o.source) + m.first_position
+  need(m.position != 'learned' or m.P >= reach, 'model.P', f'learned positions must cover {reach}')
+
+
 def _model(m, need) -> None:
   need(m.H % m.G == 0, 'model.G', f'does not divide model.H={m.H}')
   need(m.vocab <= m.V, 'model.vocab', f'is more than the rows there are, model.V={m.V}')
-  need(set(m.pattern.split()) <= {'global', 'local'} and m.pattern.strip(), 'model.pattern',
-       'wants the words global and local, as "local local global"')
-  need(('local' in m.pattern) == (m.window > 0), 'model.window',
-       'wants the tokens that a local layer of model.pattern sees, and 0 if there is no such layer')
+  words = set(m.pattern.replace('+', ' ').split())
+  need(words <= set(WORDS) and words, 'model.pattern', f'wants words of {", ".join(WORDS)}, as "local local global" or "local+stride"')
+  need(bool(words & {'local', 'stride', 'block', 'summary'}) == (m.window > 0), 'model.window',
+       'wants the tokens that the words local, stride, block and summary of model.pattern mean, and 0 without them')
+  need(bool(words & {'first', 'summary'}) == (m.first > 0), 'model.first',
+       'wants the tokens that the words first and summary of model.pattern mean, and 0 without them')
+  need('summary' not in words or m.first <= m.window, 'model.first', f'is more than a block, model.window={m.window}')
+  need((m.encoder_N > 0) == (m.kind == 'seq2seq'), 'model.encoder_N', 'wants the layers of a seq2seq\'s encoder, 0 for all others')
+  need(m.norm_place != 'after' or not m.parallel, 'model.norm_place', 'parallel layers have no norm after them')
   need(m.norm == 'rms' or m.norm_offset == 0, 'model.norm_offset', 'only norm=rms has an offset; set 0')
-  if m.position == 'learned':
-    need(not m.mla.kv, 'model.position', 'latent attention (model.mla) carries positions by rope')
-  else:
-    need(m.P == 0, 'model.P', 'only position=learned has positions; set 0')
+  need(m.position == 'rope' or not m.mla.kv, 'model.position', 'latent attention (model.mla) carries positions by rope')
+  need((m.P > 0) == (m.position == 'learned'), 'model.P', 'wants the positions of position=learned; with any other, 0')
+  if m.position == 'rope':
     turned = m.mla.rope if m.mla.kv else m.K * m.rope.share
     need(turned == int(turned) and turned % 2 == 0, 'model.K', f'rope turns pairs: {turned:g} dims are no even number')
   need(m.rope.share <= 1, 'model.rope.share', 'wants a share, up to 1')

@@ -3,11 +3,22 @@ import jax
 import numpy as np
 
 from jaxlm import config as configs, layout
+from jaxlm.data import packing, pipeline, tokenizer
 from jaxlm.schema import Config, MeshConfig, ModelConfig
 
+BYTES = tokenizer.make('bytes', iter(()))
 LLAMA = dict(D=32, H=8, G=4, K=8, F=64, N=3, V=264)
 GPT2 = dict(LLAMA, G=8, K=4, P=64, norm='layer', position='learned', mlp='gelu', bias='all')
-MODELS = {'llama': LLAMA, 'gpt2': GPT2}
+BERT = dict(GPT2, kind='encoder', norm_place='after', embed_norm=True, mlp='gelu_exact', T=2, C=2, head='mlm', pooler=True,
+            output_bias=True)
+TRANSFORMER = dict(LLAMA, kind='seq2seq', G=8, K=4, encoder_N=2, norm='layer', norm_place='after', position='sinusoidal',
+                   mlp='relu', bias='all', scale_embedding=True)
+T5 = dict(LLAMA, kind='seq2seq', G=8, K=4, encoder_N=2, position='relative', mlp='geglu', attention_scale=1., V=360, tied=False)
+LSTM = dict(LLAMA, kind='rnn', N=2)
+MODELS = {'llama': LLAMA, 'gpt2': GPT2, 'bert': BERT, 'transformer': TRANSFORMER, 't5': T5, 'lstm': LSTM,
+          'gru': dict(LSTM, **{'rnn.cell': 'gru'})}
+RUNS = {'bert': {'objective.name': 'pairs', 'objective.share': 0.25}, 'transformer': {'objective.name': 'next', 'objective.source': 24},
+        't5': {'objective.name': 'spans', 'objective.source': 48}, 'lstm': {'data.order': 'contiguous'}}
 MESHES = [(1, 1, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)]  # data, fsdp, tensor
 
 
@@ -21,9 +32,24 @@ def model(family: str = 'llama', **changes) -> ModelConfig:
 
 def config(family: str = 'llama', **changes) -> Config:
   """A tiny run; changes by flat key, as {'optimizer.lr': 1e-2}."""
-  flat = {f'model.{k}': v for k, v in MODELS[family].items()}
+  flat = {**{f'model.{k}': v for k, v in MODELS[family].items()}, **(RUNS[family] if family in RUNS else {})}
   return configs.from_flat({**flat, 'batch': 8, 'length': 32, 'loss.chunks': 4, 'optimizer.warmup': 2,
                             'optimizer.lr': 1e-2, 'data.tokenizer': 'bytes', **changes})
+
+
+def stream(seed: int = 0, documents: int = 40) -> packing.Stream:
+  """Documents of bytes, 10 to 90 tokens long, each between boundaries, in memory."""
+  rng = np.random.default_rng(seed)
+  sizes = rng.integers(10, 90, documents)
+  tokens = np.concatenate([[BYTES.boundary, *(40 + rng.integers(0, 12, n) ** 2 // 3), BYTES.boundary] for n in sizes])
+  starts = np.concatenate([[0], np.cumsum(sizes + 2)])
+  return packing.Stream((tokens,), np.array([0, len(tokens)]), starts)
+
+
+def examples_of(c: Config, step: int = 0) -> dict[str, np.ndarray]:
+  """A batch of the run's objective, as the pipeline makes it."""
+  cache = packing.Cache({}, BYTES, {'train': stream()})
+  return pipeline.Pipeline(c, cache).rows(step, 0, c.batch)
 
 
 def batch(c: Config, seed: int = 0, ragged: bool = True) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 from jaxlm import config as configs, train as training
 from jaxlm.checkpoint import Checkpoints, load, steps
 from jaxlm.errors import CheckpointError, JaxlmError, StorageError, UsageError
-from jaxlm.models import decoder
+from jaxlm.models import kinds
 from tests import common
 
 
@@ -167,7 +167,7 @@ def test_load_finds_the_newest_or_the_step_asked_for(unbroken):
   def abstract(config):
     made['mesh'] = common.mesh_of(1, 2, 2)
     with jax.sharding.use_abstract_mesh(made['mesh'].abstract_mesh):
-      return decoder.abstract_params(config.model), made['mesh']
+      return kinds.abstract_params(config.model), made['mesh']
   step, config, tokenizer, params = load(unbroken, abstract)
   assert step == 12 and config.batch == 8 and 'endoftext' in tokenizer
   common.assert_trees_equal(params, state_of(unbroken, 12)['params'])
@@ -204,12 +204,12 @@ def test_held_out_loss_in_training_is_the_mean_over_its_windows(texts, tmp_path)
   found = {m['step']: m['heldout_loss'] for m in metrics(tmp_path) if 'heldout_loss' in m}
   assert set(found) == {6, 12}
   model = lms.load(tmp_path, mesh=MeshConfig(1, 8, 1))
-  from jaxlm.data import packing
-  stream = packing.open_cache(c.data, tmp_path / 'data').streams['heldout']
-  batch = stream.batch(np.arange(10), c.length)
+  from jaxlm.data import examples, packing
+  cache = packing.open_cache(c.data, tmp_path / 'data')
+  batch = examples.causal(examples.Task(c, cache.tokenizer), cache.streams['heldout'], np.arange(10), np.arange(10))
   with jax.set_mesh(model.mesh):
     args = common.put({k: np.pad(batch[k], ((0, 6), (0, 0))) for k in ('tokens', 'positions', 'segments')})
-    logits = np.asarray(decoder.logits(c.model, model.params, args['tokens'], args['positions'], args['segments']))[:10]
+    logits = np.asarray(kinds.logits(c.model, model.params, args))[:10]
   log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
   nll = -np.take_along_axis(log_p, batch['targets'][..., None], -1)[..., 0]
   np.testing.assert_allclose(found[12], (nll * batch['weights']).sum() / batch['weights'].sum(), rtol=1e-5)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxlm import layout
-from jaxlm.models import decoder, kernels, stack
-from jaxlm.objectives import causal_lm
+from jaxlm.models import decoder, kernels, kinds, stack
+from jaxlm.objectives import token_loss
 from tests import common
 
 
@@ -19,9 +19,9 @@ def init(cfg):
 def run(cfg, params, tokens_BL, segments_BL=None, positions_BL=None):
   B, L = tokens_BL.shape
   arrays = common.put({
-      't': tokens_BL, 's': np.ones((B, L), np.int32) if segments_BL is None else segments_BL,
-      'p': np.broadcast_to(np.arange(L, dtype=np.int32), (B, L)) if positions_BL is None else positions_BL})
-  return np.asarray(jax.jit(lambda p, a: decoder.logits(cfg, p, a['t'], a['p'], a['s']))(params, arrays))
+      'tokens': tokens_BL, 'segments': np.ones((B, L), np.int32) if segments_BL is None else segments_BL,
+      'positions': np.broadcast_to(np.arange(L, dtype=np.int32), (B, L)) if positions_BL is None else positions_BL})
+  return np.asarray(jax.jit(lambda p, a: kinds.logits(cfg, p, a))(params, arrays))
 
 
 def tokens(cfg, B=4, L=32, seed=0):
@@ -35,12 +35,11 @@ def test_causal_by_gradient(one_device, family, kernel):
   cfg = common.model(family, attention=kernel)
   params = common.perturbed(init(cfg))
   L, at = 8, 5
-  t_BL = common.put(np.arange(L, dtype=np.int32)[None])  # every token occurs once, so its embedding's gradient is its
-  p_BL, s_BL = common.put(np.arange(L, dtype=np.int32)[None]), common.put(np.ones((1, L), np.int32))
+  each_BL = np.arange(L, dtype=np.int32)[None]  # every token occurs once, so its embedding's gradient is its
+  batch = common.put({'tokens': each_BL, 'positions': each_BL, 'segments': np.ones((1, L), np.int32)})
 
   def one_logit(params):
-    hidden, _, _ = decoder.forward(cfg, params, t_BL, p_BL, s_BL)
-    return jnp.sum(jnp.where(jnp.arange(L)[None, :, None] == at, hidden, 0))
+    return jnp.sum(jnp.where(jnp.arange(L)[None, :, None] == at, decoder.forward(cfg, params, batch).x_BLD, 0))
   g_VD = np.asarray(jax.jit(jax.grad(one_logit))(params)['embed'])
   assert (np.abs(g_VD[:at + 1]).max(1) > 0).all()
   assert (g_VD[at + 1:] == 0).all()
@@ -64,7 +63,7 @@ def test_packed_equals_unpacked(one_device, family, kernel):
 def gradient(cfg, params, c):
   c = dataclasses.replace(c, model=cfg)
   b = common.put(common.batch(c))
-  return jax.value_and_grad(lambda p: causal_lm(c, p, b)[0]), params
+  return jax.value_and_grad(lambda p: token_loss(c, p, b)[0]), params
 
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
@@ -84,35 +83,6 @@ def test_remat_and_unrolling_change_the_program_and_not_the_result(one_device, f
     common.assert_trees_close(result, results['none', True], rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize('how', [kernels.How(0.3), kernels.How(0.3, window=5), kernels.How(0.3, cap=1.5),
-                                 kernels.How(0.3, window=1, cap=2.)], ids=str)
-@pytest.mark.parametrize('value_dim', [8, 6])
-def test_attention_kernels_agree_forward_and_backward(how, value_dim):
-  rng = np.random.default_rng(0)
-  B, L, H, G, K = 2, 16, 8, 4, 8
-  q, k, v = (jnp.asarray(rng.standard_normal((B, L, n, d), np.float32)) for n, d in ((H, K), (G, K), (G, value_dim)))
-  segments = jnp.asarray(np.sort(rng.integers(0, 3, (B, L)), 1).astype(np.int32))
-
-  def slow(q, k, v):
-    """A loop over what each query sees."""
-    out = np.zeros((B, L, H, value_dim))
-    for b, l, h in np.ndindex(B, L, H):
-      seen = [m for m in range(l + 1) if segments[b, m] == segments[b, l] and not (how.window and l - m >= how.window)]
-      s = np.array([q[b, l, h] @ k[b, m, h // 2] for m in seen]) * how.scale
-      s = how.cap * np.tanh(s / how.cap) if how.cap else s
-      p = np.exp(s - s.max())
-      out[b, l, h] = (p / p.sum()) @ np.array([v[b, m, h // 2] for m in seen])
-    return out
-
-  def all_of(name):
-    f = lambda q, k, v: jnp.sum(jnp.sin(kernels.ATTENTION[name](how, q, k, v, segments)))
-    return jax.jit(lambda *a: (kernels.ATTENTION[name](how, *a, segments), jax.grad(f, (0, 1, 2))(*a)))(q, k, v)
-  expected = all_of('plain')
-  np.testing.assert_allclose(expected[0], slow(*map(np.asarray, (q, k, v))), atol=1e-5)
-  for name in kernels.ATTENTION:
-    common.assert_trees_close(all_of(name), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize('kinds, stages', [
     ('aaaa', [('a', 4)]), ('ababab', [('ab', 3)]), ('aabaabaa', [('aab', 2), ('a', 2)]), ('abbbb', [('a', 1), ('b', 4)]),
     ('aaabbbb', [('a', 3), ('b', 4)]), ('abcd', [('a', 1), ('b', 1), ('c', 1), ('d', 1)])])
@@ -127,7 +97,7 @@ def test_bfloat16_compute_keeps_float32_weights_and_is_near(one_device):
   cfg = common.model('llama')
   params = common.perturbed(init(cfg))
   low = common.model('llama', dtype='bfloat16')
-  assert {a.dtype for a in jax.tree.leaves(decoder.abstract_params(low))} == {jnp.dtype('float32')}
+  assert {a.dtype for a in jax.tree.leaves(kinds.abstract_params(low))} == {jnp.dtype('float32')}
   t_BL = tokens(cfg)
   exact, near = run(cfg, params, t_BL), run(low, params, t_BL)
   assert near.dtype == np.float32

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from jaxlm import evaluate, lm as lms
+from jaxlm import evaluate, scoring, lm as lms
 from jaxlm.data import tokenizer
 from jaxlm.errors import UsageError
-from jaxlm.models import decoder
+from jaxlm.models import decoder, kinds
 from jaxlm.models.ngram import NGram
 from tests import common
 
@@ -26,7 +26,7 @@ def make_lm(sizes=(1, 1, 1), family='llama'):
     params = common.perturbed(jax.jit(lambda key: decoder.init_params(c.model, key))(jax.random.key(0)))
   with jax.set_mesh(mesh):
     from jaxlm import layout
-    shardings = layout.named(decoder.abstract_params(c.model), mesh)
+    shardings = layout.named(kinds.abstract_params(c.model), mesh)
     params = jax.tree.map(lambda v, a: jax.device_put(v, a.sharding), params, shardings)
   return lms.LM(c, tokenizer.make('bytes', iter(())), params, mesh, 0)
 
@@ -37,7 +37,7 @@ def test_windows_score_each_token_once_with_the_promised_context(n, context, dat
   stride = data.draw(st.integers(1, context))
   ids = np.arange(n + 1)
   scored = collections.Counter()
-  for w in evaluate.windows(ids, context, stride):
+  for w in scoring.windows(ids, context, stride):
     assert len(w.ids) - 1 <= context
     for at in range(w.scored, len(w.ids) - 1):
       target = w.ids[at + 1]
@@ -54,7 +54,7 @@ def test_equals_scoring_by_hand(context, stride):
   for name, text in DOCUMENTS[:3]:  # one call a document: logits of every window at once
     ids = np.array([lm.tokenizer.boundary, *lm.tokenizer.encode(text)], np.int32)
     nll = 0.
-    for w in evaluate.windows(ids, context, stride):
+    for w in scoring.windows(ids, context, stride):
       padded = np.zeros(context, np.int32)
       padded[:len(w.ids) - 1] = w.ids[:-1]
       logits = lm.logits(padded[None])[0].astype(np.float64)

@@ -17,8 +17,8 @@ import transformers
 from jaxlm import beams, generate, layout
 from jaxlm.interop import convert
 from jaxlm.interop.huggingface import Folder
-from jaxlm.models import cache, decoder
-from jaxlm.objectives import causal_lm
+from jaxlm.models import cache, kinds
+from jaxlm.objectives import token_loss
 from jaxlm.sampling import Sampling
 from tests import common, families
 
@@ -94,13 +94,13 @@ def test_logits_and_gradients_equal_transformers(name, checkpoint, one_device, t
   peer.zero_grad()
   logits = peer(ids[:, :-1], use_cache=False).logits
   torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-  placed = jax.tree.map(lambda v, a: jax.device_put(v, a.sharding), params, layout.named(decoder.abstract_params(m), common.mesh_of(1, 1, 1)))
+  placed = jax.tree.map(lambda v, a: jax.device_put(v, a.sharding), params, layout.named(kinds.abstract_params(m), common.mesh_of(1, 1, 1)))
   on = common.put(batch)
   c = dataclasses.replace(common.config(), model=m)
-  ours = jax.jit(lambda p: decoder.logits(m, p, on['tokens'], on['positions'], on['segments']))(placed)
+  ours = jax.jit(lambda p: kinds.logits(m, p, on))(placed)
   difference = np.abs(np.asarray(ours) - logits.detach().numpy()).max()
   assert difference <= 2e-4
-  grads = jax.jit(jax.grad(lambda p: causal_lm(c, p, on)[0] / on['weights'].sum()))(placed)
+  grads = jax.jit(jax.grad(lambda p: token_loss(c, p, on)[0] / on['weights'].sum()))(placed)
   with torch.no_grad():  # their gradients, saved as if they were weights, come through the same rows
     slopes = families.make(name)
     for (key, p), q in zip(slopes.named_parameters(), peer.parameters()):
@@ -146,7 +146,7 @@ def lm_of(m, params, sizes=(1, 1, 1)):
   """What generation needs of an LM."""
   mesh = common.mesh_of(*sizes)
   with jax.set_mesh(mesh):
-    placed = jax.tree.map(lambda v, a: jax.device_put(v, a.sharding), params, layout.named(decoder.abstract_params(m), mesh))
+    placed = jax.tree.map(lambda v, a: jax.device_put(v, a.sharding), params, layout.named(kinds.abstract_params(m), mesh))
     prepared = cache.prepare(m, placed)
   c = dataclasses.replace(common.config(), model=m)
   return types.SimpleNamespace(config=c, decoding_params=prepared, mesh=mesh, rows_multiple=sizes[0] * sizes[1],

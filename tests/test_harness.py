@@ -20,7 +20,7 @@ from jaxlm import cli, harness, layout
 from jaxlm.data import tokenizer as tokenizers
 from jaxlm.errors import UsageError
 from jaxlm.interop import importing
-from jaxlm.models import decoder
+from jaxlm.models import kinds
 from jaxlm.schema import MeshConfig
 from tests import common, families
 
@@ -103,7 +103,7 @@ def lm(folder):
 def on_mesh(lm, sizes):
   mesh = common.mesh_of(*sizes)
   with jax.set_mesh(mesh):
-    shardings = layout.named(decoder.abstract_params(lm.config.model), mesh)
+    shardings = layout.named(kinds.abstract_params(lm.config.model), mesh)
     params = jax.tree.map(lambda v, a: jax.device_put(np.asarray(v), a.sharding), lm.params, shardings)
   return dataclasses.replace(lm, params=params, mesh=mesh)
 

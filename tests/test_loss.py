@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from jaxlm import layout, loss
 from jaxlm.schema import LossConfig, ModelConfig
@@ -14,7 +15,8 @@ B, L, D, V = 8, 16, 8, 24
 
 
 def cross_entropy(chunks, scan=True, z_loss=0., **model):
-  return functools.partial(loss.cross_entropy, ModelConfig(V=V, scan=scan, **model), LossConfig(chunks, z_loss))
+  f = functools.partial(loss.cross_entropy, ModelConfig(V=V, scan=scan, **model), LossConfig(chunks, z_loss))
+  return lambda x, w, targets, weights: f(x, {'w': w}, targets, weights)
 
 
 def arrays():
@@ -85,7 +87,7 @@ def test_all_logits_never_exist_at_once(one_device):
 
 def test_per_token_nll_sums_to_the_loss(one_device):
   x, w, targets, weights = arrays()
-  nll_BL = jax.jit(functools.partial(loss.per_token_nll, ModelConfig(V=V), LossConfig(4)))(x, w, targets)
+  nll_BL = jax.jit(functools.partial(loss.per_token_nll, ModelConfig(V=V), LossConfig(4)))(x, {'w': w}, targets)
   np.testing.assert_allclose(jnp.sum(nll_BL * weights), cross_entropy(4)(x, w, targets, weights)[1],
                              rtol=1e-6)
 
@@ -117,3 +119,22 @@ def test_capped_logits_and_padded_rows(one_device):
   got = jax.device_get(jax.jit(jax.grad(f, (0, 1)))(x, w))
   common.assert_trees_close(got, jax.grad(plain_capped, (0, 1))(*host), rtol=2e-4, atol=2e-5)
   assert not got[1][20:].any()
+
+
+@pytest.mark.parametrize('mesh_sizes', [(1, 1, 1), (2, 2, 2)])
+def test_bias_scale_and_smoothing_equal_torch(mesh_sizes):
+  """torch's cross entropy has the same label smoothing; rows that pad the vocabulary take no part in it."""
+  with jax.set_mesh(common.mesh_of(*mesh_sizes)):
+    x, w, targets, weights = arrays()
+    targets, bias = targets % 20, jax.device_put(np.linspace(-1, 1, V, dtype=np.float32), layout.spec('V', 'weight'))
+    f = lambda x, w, bias: loss.cross_entropy(ModelConfig(V=V, vocab=20, logit_scale=0.5), LossConfig(4, smoothing=0.1), x,
+                                              {'w': w, 'bias': bias}, targets, weights)[0]
+    value, got = jax.jit(jax.value_and_grad(f, (0, 1, 2)))(x, w, bias)
+    leaves = [torch.tensor(np.asarray(jax.device_get(a)), requires_grad=True) for a in (x, w, bias)]
+    host = [torch.tensor(np.asarray(jax.device_get(a))) for a in (targets, weights)]
+  logits = 0.5 * (leaves[0] @ leaves[1].T + leaves[2])[..., :20]
+  expected = (torch.nn.functional.cross_entropy(logits.flatten(0, 1), host[0].long().flatten(), reduction='none', label_smoothing=0.1)
+              * host[1].flatten()).sum()
+  expected.backward()
+  np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
+  common.assert_trees_close(list(got), [a.grad.numpy() for a in leaves], rtol=2e-4, atol=2e-5)

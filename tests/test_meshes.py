@@ -15,6 +15,8 @@ CASES = {
     'gpt2-dropout': {'model.dropout': 0.1},
     'llama-muon-remat-untied-zloss': {
         'optimizer.name': 'muon', 'model.remat': 'full', 'model.tied': False, 'loss.z_loss': 1e-4},
+    'bert': {'model.dropout': 0.1}, 'transformer': {'loss.smoothing': 0.1}, 't5': {'optimizer.lr': 1e-3},
+    'lstm': {}, 'gru-remat': {'model.remat': 'full'},
     'llama-mixture-local-capped': {
         'model.pattern': 'local global', 'model.window': 9, 'model.qk_norm': 'all', 'model.norm_place': 'both',
         'model.logit_cap': 5., 'model.attention_cap': 5., 'model.moe.E': 4, 'model.moe.F': 32,
@@ -33,8 +35,8 @@ def three_steps(c, sizes):
       assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
     step = jax.jit(make_step(c, tx, schedule), donate_argnums=0)
     out = []
-    batch = common.put(common.batch(c))
-    for _ in range(3):
+    for n in range(3):
+      batch = common.put(common.batch(c) if c.model.kind == 'decoder' else common.examples_of(c, n if 'carry' in state else 0))
       state, sums = step(state, batch)
       out.append([float(sums['nll'] / sums['tokens']), float(sums['grad_norm'])])
     return np.array(out), jax.device_get(state['params']), step._cache_size()
@@ -45,8 +47,12 @@ def reference(case):
   return three_steps(common.config(case.split('-')[0], **CASES[case]), common.MESHES[0])
 
 
-@pytest.mark.parametrize('sizes', common.MESHES, ids=lambda s: '×'.join(map(str, s)))
-@pytest.mark.parametrize('case', CASES)
+# Decoders run on all meshes; what other kinds add to them is seen on these.
+RUNS = [(case, sizes) for case in CASES for sizes in common.MESHES
+        if case.split('-')[0] in ('llama', 'gpt2') or sizes in ((1, 1, 1), (1, 2, 4), (2, 2, 2))]
+
+
+@pytest.mark.parametrize('case, sizes', RUNS, ids=lambda v: v if isinstance(v, str) else '×'.join(map(str, v)))
 def test_three_steps_are_equal_on_every_mesh(case, sizes):
   out, params, compiles = three_steps(common.config(case.split('-')[0], **CASES[case]), sizes)
   expected, expected_params, _ = reference(case)

@@ -7,7 +7,7 @@ import torch
 
 from jaxlm import optimizer
 from jaxlm.schema import MoeConfig, OptimizerConfig
-from jaxlm.models import decoder
+from jaxlm.models import decoder, kinds
 from tests import common
 
 T, W, LR = 100, 10, 2.
@@ -38,7 +38,7 @@ def test_shapes_after_warmup():
 
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
 def test_every_path_has_a_decay_decision(one_device, family):
-  params = decoder.abstract_params(common.model(family, tied=False))
+  params = kinds.abstract_params(common.model(family, tied=False))
   mask = optimizer.decay_mask(OptimizerConfig())(params)
   flat = {optimizer.path_of(p): m for p, m in jax.tree_util.tree_leaves_with_path(mask)}
   assert len(flat) == len(jax.tree.leaves(params))

@@ -54,25 +54,25 @@ class Stream:
       start, first = stop, first + 1
     return np.concatenate(out).astype(np.int32)
 
-  def batch(self, windows_B: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    """Windows by index → {tokens, targets, segments, positions: int32 [B, L]; weights: float32 [B, L]}.
+  def slices(self, starts_B: np.ndarray, length: int, since_B: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """stream[start : start + length] of each row → {tokens, segments, positions}, int32 [B, L].
 
-    Segment 0 and weight 0 are padding; other segments count a window's documents from 1.
+    Segment 0 is padding, outside of the stream; other segments count a row's documents from 1. Positions count from the
+    start of the document, or from `since` (by default the row's start) if that is later.
     """
-    tokens_BM = np.zeros((len(windows_B), length + 1), np.int32)  # M = L + 1
-    for row, window in enumerate(windows_B):
-      start = int(window) * length
-      piece = self.read(start, min(start + length + 1, self.tokens))
-      tokens_BM[row, :len(piece)] = piece
-    at_BM = windows_B[:, None].astype(np.int64) * length + np.arange(length + 1)
-    document_BM = np.searchsorted(self.starts, at_BM, 'right') - 1
-    real_BM = at_BM < self.tokens
-    segments_BM = np.where(real_BM, document_BM - document_BM[:, :1] + 1, 0).astype(np.int32)
-    start_BM = np.maximum(self.starts[np.minimum(document_BM, len(self.starts) - 1)], at_BM[:, :1])
-    positions_BM = np.where(real_BM, at_BM - start_BM, 0).astype(np.int32)
-    same_BL = (segments_BM[:, :-1] == segments_BM[:, 1:]) & real_BM[:, 1:]
-    return {'tokens': tokens_BM[:, :-1], 'targets': tokens_BM[:, 1:], 'segments': segments_BM[:, :-1],
-            'positions': positions_BM[:, :-1], 'weights': same_BL.astype(np.float32)}
+    tokens_BL = np.zeros((len(starts_B), length), np.int32)
+    for row, start in enumerate(starts_B):
+      first, last = max(0, int(start)), min(int(start) + length, self.tokens)
+      if first < last:
+        tokens_BL[row, first - start:last - start] = self.read(first, last)
+    at_BL = starts_B[:, None].astype(np.int64) + np.arange(length)
+    real_BL = (0 <= at_BL) & (at_BL < self.tokens)
+    document_BL = np.searchsorted(self.starts, at_BL, 'right') - 1
+    segments_BL = np.where(real_BL, document_BL - np.maximum(document_BL[:, :1], 0) + 1, 0).astype(np.int32)
+    since_B1 = (starts_B if since_B is None else since_B)[:, None]
+    start_BL = np.maximum(self.starts[np.clip(document_BL, 0, len(self.starts) - 1)], since_B1)
+    positions_BL = np.where(real_BL, at_BL - start_BL, 0).astype(np.int32)
+    return {'tokens': tokens_BL, 'segments': segments_BL, 'positions': positions_BL}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ once, each epoch has its own order, and nothing depends on hosts, devices or wha
 the data is one number, the count of examples.
 """
 import dataclasses
+import functools
 import hashlib
 import pathlib
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from jaxlm import layout
 from jaxlm.schema import Config
-from jaxlm.data import packing
+from jaxlm.data import examples, packing
 from jaxlm.errors import UsageError
 
 
@@ -44,29 +45,40 @@ def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
   """The training batches of a run."""
+  config: Config
   cache: packing.Cache
-  batch_size: int
-  length: int
-  seed: int
+
+  @functools.cached_property
+  def task(self) -> examples.Task:
+    return examples.Task(self.config, self.cache.tokenizer)
 
   @property
   def windows(self) -> int:
     """Examples in an epoch."""
-    return self.cache.streams['train'].windows(self.length)
+    return self.cache.streams['train'].windows(examples.stride(self.config))
 
   def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
     """Rows [start, stop) of the global batch of `step` (from 0)."""
-    example = step * self.batch_size + np.arange(start, stop, dtype=np.int64)
-    epoch, index = np.divmod(example, self.windows)
-    window = np.empty_like(index)
-    for e in np.unique(epoch):
-      here = epoch == e
-      window[here] = permute(index[here], self.windows, f'{self.seed}/{e}')
-    return self.cache.streams['train'].batch(window, self.length)
+    numbers = step * self.config.batch + np.arange(start, stop, dtype=np.int64)
+    if self.config.data.order == 'contiguous':
+      return self._lanes(step, np.arange(start, stop, dtype=np.int64), numbers)
+    epochs, index = np.divmod(numbers, self.windows)
+    windows = np.empty_like(index)
+    for epoch in np.unique(epochs):
+      here = epochs == epoch
+      windows[here] = permute(index[here], self.windows, f'{self.config.seed}/{epoch}')
+    return examples.make(self.task, self.cache.streams['train'], windows, numbers)
+
+  def _lanes(self, step: int, lanes: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """The stream in `batch` lanes of equal length (what does not divide is left out): each row goes on in its own, and
+    starts again with the next epoch. Positions count from the start of the document or of the lane."""
+    steps = self.windows // self.config.batch
+    first = lanes * steps
+    return examples.causal(self.task, self.cache.streams['train'], first + step % steps, numbers, first * self.config.length)
 
   def batch(self, step: int, mesh) -> dict[str, jax.Array]:
     """The global batch of `step` on the mesh. Each process reads only the rows its devices hold."""
-    return place(lambda start, stop: self.rows(step, start, stop), self.batch_size, mesh)
+    return place(lambda start, stop: self.rows(step, start, stop), self.config.batch, mesh)
 
 
 def place(rows, batch_size: int, mesh) -> dict[str, jax.Array]:
@@ -91,15 +103,12 @@ def prepare(config: Config, workdir: pathlib.Path, say=print) -> packing.Cache:
   if not folder.exists():
     packing.build_apart(config.data, folder, say)
   cache = packing.open_cache(config.data, folder)
-  size = cache.tokenizer.vocab_size
-  for key in ('V', 'vocab'):
-    if 0 < getattr(config.model, key) < size:
-      raise UsageError(f'model.{key}={getattr(config.model, key)}: the tokenizer has {size} tokens; set at least {size}')
+  examples.check(config, cache.tokenizer)
   return cache
 
 
 def make(config: Config, cache: packing.Cache) -> Pipeline:
-  pipeline = Pipeline(cache, config.batch, config.length, config.seed)
-  if not pipeline.windows:
-    raise UsageError(f'data source {config.data.source}: too little text for one window of length={config.length}')
+  pipeline = Pipeline(config, cache)
+  if pipeline.windows < (config.batch if config.data.order == 'contiguous' else 1):
+    raise UsageError(f'data source {config.data.source}: too little text for its windows of length={config.length}')
   return pipeline

@@ -9,12 +9,14 @@ import hashlib
 import pathlib
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from jaxlm.errors import UsageError
 
 BOUNDARY = '<|endoftext|>'
+SENTINELS = 100
 # What opens and closes a document in vocabularies of the field, the first that is there.
 BOUNDARIES = (BOUNDARY, '<|end_of_text|>', '<｜end▁of▁sentence｜>', '</s>', '<eos>', '[SEP]')
 
@@ -50,6 +52,38 @@ class Tokenizer:
   def opening(self) -> int:
     """The token that a document is read after: what the template puts before a text, else the boundary."""
     return (self._tokenizer.encode('', add_special_tokens=True).ids or [self.boundary])[0]
+
+  def _first(self, names: Iterable[str], otherwise: int) -> int:
+    """The first of `names` that is in the vocabulary, else an id that need not be."""
+    return next((i for i in map(self._tokenizer.token_to_id, names) if i is not None), otherwise)
+
+  @functools.cached_property
+  def cls(self) -> int:
+    """What stands before a text that an encoder reads."""
+    return self._first(('[CLS]', '<s>'), self.boundary)
+
+  @functools.cached_property
+  def sep(self) -> int:
+    """What stands after it."""
+    return self._first(('[SEP]', '</s>'), self.boundary)
+
+  @functools.cached_property
+  def mask(self) -> int:
+    """What stands for a masked token: where the vocabulary has none, the row after it."""
+    return self._first(('[MASK]', '<mask>'), self.vocab_size)
+
+  @functools.cached_property
+  def sentinels(self) -> list[int]:
+    """What stands for masked spans: where the vocabulary has none, the rows after it."""
+    return [self._first((f'<extra_id_{n}>',), self.vocab_size + n) for n in range(SENTINELS)]
+
+  @functools.cached_property
+  def word_starts(self) -> np.ndarray:
+    """bool [vocabulary]: the token begins a word (WordPiece: has no ##; else: has a space before it, or no letter first)."""
+    texts = [self.text_of(i) or ' ' for i in range(self.vocab_size)]
+    if any(t.startswith('##') for t in texts):
+      return np.array([not t.startswith('##') for t in texts])
+    return np.array([t[0] in 'ĠĊĉ▁' or not t[0].isalnum() for t in texts])
 
   def ids_of(self, tokens: Iterable[str]) -> list[int]:
     """Ids of tokens by their text. UsageError for one that is not in the vocabulary."""

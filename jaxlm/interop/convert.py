@@ -11,7 +11,7 @@ from jaxlm import layout
 from jaxlm.errors import UsageError
 from jaxlm.interop.families import FAMILIES, Family
 from jaxlm.interop.mapping import uncovered, units
-from jaxlm.models import decoder
+from jaxlm.models import kinds
 from jaxlm.optimizer import path_of
 from jaxlm.schema import FREE, TRAINING, ModelConfig, flatten
 
@@ -67,7 +67,7 @@ def shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Our arrays by path, without the rows that only pad the vocabulary."""
   mesh = AbstractMesh((1,) * len(layout.AXES), layout.AXES, axis_types=(AxisType.Explicit,) * len(layout.AXES))
   with jax.sharding.use_abstract_mesh(mesh):
-    leaves = jax.tree_util.tree_leaves_with_path(decoder.abstract_params(m))
+    leaves = jax.tree_util.tree_leaves_with_path(kinds.abstract_params(m))
   cut = lambda path, shape: (m.vocab or m.V, *shape[1:]) if path in ('embed', 'unembed') else shape
   return {path_of(p): cut(path_of(p), a.shape) for p, a in leaves}
 

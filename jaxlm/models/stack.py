@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm import layout
-from jaxlm.models.attention import Attention, LatentAttention
+from jaxlm.models.attention import MEMORY, Attention, LatentAttention
 from jaxlm.models.layers import NORMS, Dropout, Mlp
 from jaxlm.models.moe import Moe
 from jaxlm.schema import ModelConfig, layer_kinds
@@ -25,29 +25,39 @@ REMAT = {  # name → policy of what the backward pass may keep; None keeps ever
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)) → (x_BLD, what `attend` kept, what a mixture reports, or {})."""
+  """x + attention(norm(x)), then, with an encoder's memory, the same across to it, then x + mlp(norm(x))
+  → (x_BLD, what `attend` kept: [of itself, of the memory], what a mixture reports, or {})."""
   cfg: ModelConfig
-  kind: tuple[str, str]  # 'local' | 'global', 'mlp' | 'moe'
+  kind: tuple[str, str]  # words of the pattern; 'mlp' | 'moe'
   train: bool = False
+  across: bool = False
 
   @nn.compact
-  def __call__(self, x_BLD, positions_BL, real_BL, attend):
+  def __call__(self, x_BLD, positions_BL, real_BL, attend, memory_BMD=None):
     cfg, (where, feed) = self.cfg, self.kind
     norm = lambda place, name, a: NORMS[cfg.norm](cfg, name=name)(a) if cfg.norm_place in (place, 'both') else a
-    layer = (LatentAttention if cfg.mla.kv else Attention)(cfg, where == 'local', name='attention')
+    after = lambda name, a: NORMS[cfg.norm](cfg, name=name)(a) if cfg.norm_place == 'after' else a
+    drop = Dropout(cfg.dropout, self.train)
+    layer = (LatentAttention if cfg.mla.kv else Attention)(cfg, where, name='attention')
     y_BLD, kept = layer(norm('pre', 'norm1', x_BLD), positions_BL, attend)
-    y_BLD = Dropout(cfg.dropout, self.train)(norm('post', 'norm1_out', y_BLD))
+    kept = [kept]
+    y_BLD = drop(norm('post', 'norm1_out', y_BLD))
     if cfg.parallel:
       residual_BLD = x_BLD + y_BLD
     else:
-      x_BLD = residual_BLD = x_BLD + y_BLD
+      x_BLD = residual_BLD = after('norm1', x_BLD + y_BLD)
+    if self.across:
+      layer = Attention(cfg, MEMORY, name='memory_attention')
+      y_BLD, of_memory = layer(norm('pre', 'norm_memory', x_BLD), positions_BL, attend, memory_BMD)
+      x_BLD = residual_BLD = after('norm_memory', x_BLD + drop(norm('post', 'norm_memory_out', y_BLD)))
+      kept.append(of_memory)
     h_BLD, report = norm('pre', 'norm2', x_BLD), {}
     if feed == 'moe':
       y_BLD, report = Moe(cfg, name='moe')(h_BLD, real_BL)
     else:
       y_BLD = Mlp(cfg, cfg.F, name='mlp')(h_BLD)
-    y_BLD = Dropout(cfg.dropout, self.train)(norm('post', 'norm2_out', y_BLD))
-    return residual_BLD + y_BLD, kept, report
+    y_BLD = drop(norm('post', 'norm2_out', y_BLD))
+    return after('norm2', residual_BLD + y_BLD), kept, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +87,19 @@ def stages(kinds: tuple[tuple[str, str], ...]) -> tuple[Stage, ...]:
   return best[0][2]
 
 
-def init(cfg: ModelConfig, key) -> dict:
-  """Fresh weights of the layers. Layer n is made from its own key, whatever its neighbours are."""
+def init(cfg: ModelConfig, key, across: bool = False) -> dict:
+  """Fresh weights of the layers (across: that attend to a memory too). Layer n is made from its own key, whatever its
+  neighbours are."""
   kinds = layer_kinds(cfg)
   keys = jax.random.split(key, cfg.N)
   x_BLD = some_input(cfg)
   zeros_BL = jnp.zeros(x_BLD.shape[:2], jnp.int32, out_sharding=layout.spec('BL'))
-  no_scores = lambda local, q, k, v: (jnp.zeros((*q.shape[:3], v.shape[-1]), out_sharding=layout.spec('BLHK')), None)
+  no_scores = lambda where, q, k, v: (jnp.zeros((*q.shape[:3], v.shape[-1]), out_sharding=layout.spec('BLHK')), None)
 
   def stacked(kind, keys):
-    block = Block(cfg, kind, parent=None)
-    return jax.lax.scan(lambda _, k: (None, block.init(k, x_BLD, zeros_BL, zeros_BL == 0, no_scores)['params']), None, keys)[1]
+    block = Block(cfg, kind, across=across, parent=None)
+    fresh = lambda key: block.init(key, x_BLD, zeros_BL, zeros_BL == 0, no_scores, x_BLD if across else None)['params']
+    return jax.lax.scan(lambda _, key: (None, fresh(key)), None, keys)[1]
   feeds = sorted({feed for _, feed in kinds})
   tree = stacked(kinds[0], keys)  # what is common to all layers, and all there is if they are of one kind
   if len(feeds) > 1:
@@ -103,10 +115,11 @@ def some_input(cfg: ModelConfig):
   return jnp.zeros((shards['data'] * shards['fsdp'], 1, cfg.D), out_sharding=layout.spec('BLD'))
 
 
-def run(cfg: ModelConfig, layers: dict, x_BLD, positions_BL, real_BL, attend, dropout_key=None):
+def run(cfg: ModelConfig, layers: dict, x_BLD, positions_BL, real_BL, attend, dropout_key=None, memory_BMD=None):
   """x_BLD through all layers → (x_BLD, reports of the mixtures stacked over them, {} if there is none).
 
-  attend: see models/attention.py; real_BL bool: False is padding, which no router counts; dropout only with a key.
+  attend: see models/attention.py; real_BL bool: False is padding, which no router counts; dropout only with a key;
+  memory_BMD: what an encoder made, for layers that attend to it.
   """
   kinds, reports = layer_kinds(cfg), []
   keys = jax.random.split(dropout_key, cfg.N) if dropout_key is not None else None
@@ -120,7 +133,7 @@ def run(cfg: ModelConfig, layers: dict, x_BLD, positions_BL, real_BL, attend, dr
                  else (stage.start + j, size) for name in layers if name == feed or name not in ('mlp', 'moe')}
       params = {name: _every(layers[name], *strides[name], stage.repeats) for name in strides}
       inputs.append((params, _every(keys, stage.start + j, size, stage.repeats)))
-    body = functools.partial(_period, cfg, stage, positions_BL, real_BL, attend)
+    body = functools.partial(_period, cfg, stage, positions_BL, real_BL, attend, memory_BMD)
     x_BLD, report = jax.lax.scan(body, x_BLD, inputs, unroll=1 if cfg.scan else stage.repeats)
     if report:
       reports.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report))
@@ -137,18 +150,18 @@ def _every(tree, start: int, stride: int, count: int):
   return jax.tree.map(lambda a: a[start:start + stride * (count - 1) + 1:stride], tree)
 
 
-def _period(cfg: ModelConfig, stage: Stage, positions_BL, real_BL, attend, x_BLD, inputs):
+def _period(cfg: ModelConfig, stage: Stage, positions_BL, real_BL, attend, memory_BMD, x_BLD, inputs):
   """One period of a stage. Reports have a leading axis over its mixtures."""
   reports = []
   for kind, (params, key) in zip(stage.period, inputs):
-    def block(params, x_BLD, key, kind=kind):
-      x_BLD, _, report = Block(cfg, kind, key is not None, parent=None).apply(
-          {'params': params}, x_BLD, positions_BL, real_BL, lambda local, *qkv: attend(local, None, *qkv),
+    def block(params, x_BLD, key, memory_BMD, kind=kind):
+      x_BLD, _, report = Block(cfg, kind, key is not None, memory_BMD is not None, parent=None).apply(
+          {'params': params}, x_BLD, positions_BL, real_BL, attend, memory_BMD,
           rngs={'dropout': key} if key is not None else None)
       return x_BLD, report
     if REMAT[cfg.remat] is not None:  # common subexpressions are only safe from being merged again within a loop
       block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan or stage.repeats == 1)
-    x_BLD, report = block(params, x_BLD, key)
+    x_BLD, report = block(params, x_BLD, key, memory_BMD)
     reports += [report] if report else []
   return x_BLD, jax.tree.map(lambda *a: jnp.stack(a), *reports) if reports else {}
 

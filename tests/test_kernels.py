@@ -1,0 +1,80 @@
+"""Attention kernels against a loop over what each query sees, forward and backward."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models import kernels
+from jaxlm.models.kernels import How, Rows
+from tests import common
+
+B, L, H, G, K = 2, 16, 8, 4, 8
+HOWS = [How(0.3), How(0.3, 'local', window=5), How(0.3, cap=1.5), How(0.3, 'local', window=1, cap=2.), How(0.3, causal=False),
+        How(0.3, 'local', window=4, causal=False), How(0.3, 'stride', window=3), How(0.3, 'local+stride', window=4),
+        How(0.3, 'block+summary', window=4, first=1), How(0.3, 'block+summary', window=4, first=2, causal=False),
+        How(0.3, 'local+first', window=3, first=2), How(0.3, 'local+first', window=3, first=2, causal=False)]
+
+
+def sees(how, i, j):
+  """Child et al. 2019, §4.3, and Beltagy et al. 2020, §3.1, for one query and key."""
+  if how.causal and j > i:
+    return False
+  w, c = how.window, how.first
+  return any({'global': True, 'local': abs(i - j) < w, 'stride': w and (i - j) % w == 0, 'block': w and i // w == j // w,
+              'summary': w and w - c <= j % w, 'first': j < c or i < c}[word] for word in how.where.split('+'))
+
+
+def arrays(M=L, value_dim=K, seed=0):
+  rng = np.random.default_rng(seed)
+  q, k, v = (jnp.asarray(rng.standard_normal(s, np.float32)) for s in ((B, L, H, K), (B, M, G, K), (B, M, G, value_dim)))
+
+  def rows(size):
+    segments = np.sort(rng.integers(0, 3, (B, size)), 1).astype(np.int32)
+    segments[:, :3] = np.arange(3)  # all are there
+    segments.sort(1)
+    first = np.argmax(segments[:, :, None] == segments[:, None], 2)
+    return Rows(jnp.asarray(segments), jnp.asarray((np.arange(size)[None] - first).astype(np.int32)))
+  return q, k, v, rows(L), rows(M), jnp.asarray(rng.standard_normal((H, L, M), np.float32))
+
+
+def slow(how, q, k, v, q_rows, k_rows, bias):
+  out = np.zeros((*q.shape[:3], v.shape[-1]))
+  for b, l, h in np.ndindex(B, L, H):
+    seen = [m for m in range(k.shape[1]) if q_rows.segments_BL[b, l] == k_rows.segments_BL[b, m]
+            and sees(how, int(q_rows.positions_BL[b, l]), int(k_rows.positions_BL[b, m]))]
+    s = np.array([q[b, l, h] @ k[b, m, h // 2] for m in seen]) * how.scale + (bias[h, l, seen] if bias is not None else 0)
+    s = how.cap * np.tanh(s / how.cap) if how.cap else s
+    p = np.exp(s - s.max())
+    out[b, l, h] = (p / p.sum()) @ np.array([v[b, m, h // 2] for m in seen])
+  return out
+
+
+def both(name, how, q, k, v, *rest):
+  f = lambda q, k, v, bias: jnp.sum(jnp.sin(kernels.ATTENTION[name](how, q, k, v, *rest[:2], bias)))
+  return jax.jit(lambda *a: (kernels.ATTENTION[name](how, *a[:3], *rest[:2], a[3]), jax.grad(f, (0, 1, 2))(*a)))(q, k, v, rest[2])
+
+
+@pytest.mark.parametrize('how', HOWS, ids=str)
+@pytest.mark.parametrize('value_dim, biased', [(8, False), (6, True)])
+def test_all_agree_with_a_loop_and_with_each_other(how, value_dim, biased):
+  q, k, v, rows, _, bias = arrays(value_dim=value_dim)
+  bias = bias if biased else None
+  expected = both('plain', how, q, k, v, rows, rows, bias)
+  np.testing.assert_allclose(expected[0], slow(how, *map(np.asarray, (q, k, v)), rows, rows, None if bias is None else np.asarray(bias)), atol=1e-5)
+  for name in kernels.ATTENTION:
+    common.assert_trees_close(both(name, how, q, k, v, rows, rows, bias), expected, atol=1e-5)
+
+
+def test_memory_of_another_length_and_what_has_none(one_device):
+  """Across to another text, by segment; a segment that the memory lacks gets zeros, not the mean of what is not its own."""
+  q, k, v, q_rows, k_rows, _ = arrays(M=24)
+  how = How(0.3, causal=False)
+  expected = slow(how, *map(np.asarray, (q, k, v)), q_rows, k_rows, None)
+  lacking = k_rows._replace(segments_BL=jnp.where(k_rows.segments_BL == 1, 7, k_rows.segments_BL))
+  for name in kernels.ATTENTION:
+    put = lambda tree: jax.tree.map(jax.device_put, tree)
+    np.testing.assert_allclose(kernels.attend(name, how, *put((q, k, v, q_rows, k_rows))), expected, atol=1e-5)
+    out = np.asarray(kernels.attend(name, how, *put((q, k, v, q_rows, lacking))))
+    mine = np.asarray(q_rows.segments_BL) == 1
+    assert mine.any() and (out[mine] == 0).all()
+    np.testing.assert_allclose(out[~mine], expected[~mine], atol=1e-5)
