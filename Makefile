@@ -23,7 +23,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/jaxlm generate --workdir=runs/quickstart --prompt='def read_config(path):' --max_length=80
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # Writes docs/parity.md: every family against transformers.
 parity: $(VENV)/installed-test

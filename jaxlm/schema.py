@@ -69,8 +69,9 @@ class RelativeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RnnConfig:
-  """Recurrent cells of width model.D, model.N of them stacked (kinds rnn and rnn_seq2seq)."""
+  """Recurrent cells of width model.D, model.N of them stacked (kinds rnn and rnn_seq2seq, there in encoder and decoder)."""
   cell: str = 'lstm'        # lstm (Hochreiter & Schmidhuber 1997) | gru (Cho et al. 2014)
+  bidirectional: bool = False  # rnn_seq2seq: a second encoder reads from the end (Schuster & Paliwal 1997)
   attention: str = 'none'   # rnn_seq2seq: none | bahdanau (additive, 2015) | luong (multiplicative, 2015)
   teacher: float = 1.       # rnn_seq2seq, training: share of inputs that are the text's; the others are the model's own
   sampling: float = 0.      # inverse-sigmoid decay of `teacher` (Bengio et al. 2015), its k in steps; 0: constant

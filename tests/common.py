@@ -16,8 +16,12 @@ TRANSFORMER = dict(LLAMA, kind='seq2seq', G=8, K=4, encoder_N=2, norm='layer', n
 T5 = dict(LLAMA, kind='seq2seq', G=8, K=4, encoder_N=2, position='relative', mlp='geglu', attention_scale=1., V=360, tied=False)
 LSTM = dict(LLAMA, kind='rnn', N=2)
 MODELS = {'llama': LLAMA, 'gpt2': GPT2, 'bert': BERT, 'transformer': TRANSFORMER, 't5': T5, 'lstm': LSTM,
-          'gru': dict(LSTM, **{'rnn.cell': 'gru'})}
-RUNS = {'bert': {'objective.name': 'pairs', 'objective.share': 0.25}, 'transformer': {'objective.name': 'next', 'objective.source': 24},
+          'gru': dict(LSTM, **{'rnn.cell': 'gru'}),
+         'cho': dict(LSTM, kind='rnn_seq2seq', **{'rnn.cell': 'gru'}),
+         'bahdanau': dict(LSTM, kind='rnn_seq2seq', **{'rnn.cell': 'gru', 'rnn.attention': 'bahdanau', 'rnn.bidirectional': True}),
+         'luong': dict(LSTM, kind='rnn_seq2seq', **{'rnn.attention': 'luong'})}
+NEXT = {'objective.name': 'next', 'objective.source': 24}
+RUNS = {'bert': {'objective.name': 'pairs', 'objective.share': 0.25}, 'transformer': NEXT, 'cho': NEXT, 'bahdanau': NEXT, 'luong': NEXT,
         't5': {'objective.name': 'spans', 'objective.source': 48}, 'lstm': {'data.order': 'contiguous'}}
 MESHES = [(1, 1, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)]  # data, fsdp, tensor
 

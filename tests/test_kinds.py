@@ -16,7 +16,7 @@ from jaxlm.optimizer import make_optimizer
 from jaxlm.step import init_state, make_step
 from tests import common
 
-KINDS = ['lstm', 'gru', 'transformer', 't5', 'bert']
+KINDS = ['lstm', 'gru', 'transformer', 't5', 'bert', 'cho', 'bahdanau', 'luong']
 
 
 def make_lm(family, sizes=(1, 1, 1), **changes):
@@ -163,7 +163,7 @@ def row(**arrays):
   return {k: np.asarray(a, np.float32 if k == 'weights' else np.int32) for k, a in arrays.items()}
 
 
-def expected(lm, text, context):
+def expected(lm, text, context, stride):
   """Nats of a document, token by token as the module says, with no packing and no batch."""
   ids = [lm.tokenizer.boundary, *lm.tokenizer.encode(text)]
   kind, M, total = lm.config.model.kind, lm.config.objective.source, 0.
@@ -178,7 +178,7 @@ def expected(lm, text, context):
         total += nll_by_hand(lm, row(tokens=masked, positions=range(len(chunk)), segments=[1] * len(chunk), at=[at],
                                      targets=[chunk[at]], weights=[1]))
     return total
-  for w in scoring.windows(np.array(ids), context, context // 2, M):
+  for w in scoring.windows(np.array(ids), context, stride, M):
     n, m = len(w.ids) - 1, max(1, len(w.source))
     source = list(w.source) or [0]  # one that is no part of the document
     total += nll_by_hand(lm, row(tokens=w.ids[:-1], targets=w.ids[1:], positions=range(n), segments=[1] * n,
@@ -191,10 +191,11 @@ def expected(lm, text, context):
 def test_scores_equal_those_by_hand_on_any_mesh(family):
   lm = make_lm(family)
   documents = DOCUMENTS if family != 'bert' else DOCUMENTS[::2]
-  found = scoring.score(lm, documents, 16, 8, 4)
+  stride = 16 if lm.config.model.kind == 'rnn_seq2seq' else 8  # it forgets its source within a few tokens
+  found = scoring.score(lm, documents, 16, stride, 4)
   assert [(d.name, d.bytes, d.tokens) for d in found] == [(n, len(t), len(t)) for n, t in documents]
-  np.testing.assert_allclose([d.nll for d in found], [expected(lm, t, 16) for _, t in documents], rtol=1e-5)
-  again = scoring.score(make_lm(family, (2, 2, 2)), documents, 16, 8, 7)
+  np.testing.assert_allclose([d.nll for d in found], [expected(lm, t, 16, stride) for _, t in documents], rtol=1e-5)
+  again = scoring.score(make_lm(family, (2, 2, 2)), documents, 16, stride, 7)
   np.testing.assert_allclose([d.nll for d in again], [d.nll for d in found], rtol=1e-5)
 
 
@@ -222,7 +223,7 @@ def greedy(lm, prompt, count):
 _logits = jax.jit(kinds.logits, static_argnums=0)
 
 
-@pytest.mark.parametrize('family', ['lstm', 'gru', 'transformer', 't5'])
+@pytest.mark.parametrize('family', [k for k in KINDS if k != 'bert'])
 def test_greedy_is_the_argmax_and_one_beam_of_many_is_no_worse(family):
   lm = make_lm(family)
   prompts = ['def f(', 'a much longer prompt than the other one']

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import layout
-from jaxlm.models import attention, embedding, kernels, kinds, output, relative, rnn, seq2seq
+from jaxlm.models import attention, embedding, kernels, kinds, output, relative, rnn, rnn_seq2seq, seq2seq
 from jaxlm.models.layers import Einsum
 from jaxlm.models.stack import Block, unstack
 from jaxlm.schema import ModelConfig, layer_kinds
@@ -35,14 +35,20 @@ def empty(cfg: ModelConfig, B: int, M: int):
   """A cache of M places for B rows."""
   if cfg.kind == 'rnn':
     return kinds.empty_carry(cfg, B)
+  if cfg.kind == 'rnn_seq2seq':
+    return {}  # `remember` makes it
   dtype, v_dim = jnp.dtype(cfg.dtype), cfg.mla.v or cfg.K
   zeros = lambda K: jnp.zeros((B, M, cfg.G, K), dtype, out_sharding=layout.spec('BMGK'))
   return [{'k': zeros(cfg.K), 'v': zeros(v_dim)} for _ in range(cfg.N)]
 
 
-def remember(cfg: ModelConfig, params: dict, cache: list[dict], inputs_BM, segments_BM, positions_BM) -> list[dict]:
+def remember(cfg: ModelConfig, params: dict, cache, inputs_BM, segments_BM, positions_BM):
   """The cache with what an encoder makes of its inputs."""
-  memory_BMD, _ = seq2seq.encode(cfg, params, {'inputs': inputs_BM, 'input_segments': segments_BM, 'input_positions': positions_BM})
+  batch = {'inputs': inputs_BM, 'input_segments': segments_BM, 'input_positions': positions_BM}
+  if cfg.kind == 'rnn_seq2seq':
+    source = rnn_seq2seq.remember(cfg, params, {**batch, 'segments': jnp.ones_like(segments_BM)})
+    return {'state': source.pop('state'), 'source': source}
+  memory_BMD, _ = seq2seq.encode(cfg, params, batch)
 
   def of(weights, name):
     layer = Einsum('BMD,DGK->BMGK', cfg, name=name, parent=None)
@@ -67,6 +73,16 @@ def _recurrent(cfg: ModelConfig, params, carry, tokens_BL, positions_BL, at, pad
   return hidden.x_BLD, hidden.carry
 
 
+def _beside_recurrent(cfg: ModelConfig, params, cache, tokens_BL, positions_BL, at, pad_B):
+  """One token a row: the prompt of such a decoder is no longer."""
+  del positions_BL, at, pad_B
+  has_B = cache['source']['seen'].any(-1)
+  x_B1D = embedding.look_up(params['embed'], tokens_BL[:, -1:], jnp.dtype(cfg.dtype))
+  weights = rnn_seq2seq.gathered(params, jnp.dtype(cfg.dtype))
+  state, _, x_BD = rnn_seq2seq.step(cfg, weights, cache['source'], cache['state'], has_B, x_B1D[:, 0], has_B | True)
+  return x_BD[:, None], {**cache, 'state': state}
+
+
 def _attentive(cfg: ModelConfig, params, cache, tokens_BL, positions_BL, at, pad_B):
   L, M = tokens_BL.shape[1], cache[0]['k'].shape[1]
   x_BLD = embedding.embed(cfg, params['embed'], params, {'tokens': tokens_BL, 'positions': positions_BL})
@@ -81,7 +97,7 @@ def _attentive(cfg: ModelConfig, params, cache, tokens_BL, positions_BL, at, pad
   return embedding.final_norm(cfg, params, x_BLD), out
 
 
-FORWARD = {'decoder': _attentive, 'seq2seq': _attentive, 'rnn': _recurrent}
+FORWARD = {'decoder': _attentive, 'seq2seq': _attentive, 'rnn': _recurrent, 'rnn_seq2seq': _beside_recurrent}
 
 
 def _attend(cfg: ModelConfig, kept: dict, at, pad_B, bias_HLM, where, q_BLHK, k_BLGK, v_BLGK):

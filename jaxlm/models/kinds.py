@@ -4,10 +4,11 @@ import functools
 
 import jax
 
-from jaxlm.models import decoder, encoder, output, rnn, seq2seq
+from jaxlm.models import decoder, encoder, output, rnn, rnn_seq2seq, seq2seq
 from jaxlm.schema import ModelConfig
 
-KINDS = {'decoder': decoder, 'encoder': encoder, 'seq2seq': seq2seq, 'rnn': rnn}
+KINDS = {'decoder': decoder, 'encoder': encoder, 'seq2seq': seq2seq, 'rnn': rnn,
+         'rnn_seq2seq': rnn_seq2seq}
 
 
 def init_params(cfg: ModelConfig, key) -> dict:

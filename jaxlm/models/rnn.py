@@ -61,63 +61,73 @@ def empty_carry(cfg: ModelConfig, B: int) -> dict:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recur(cell: str, x_LBJK, w_DJK, bias_JK, keep_LB, state):
-  """(h_LBD, the last state): the loop over time. x: what the tokens add to the gates; keep: 0 where a document starts."""
-  return _recur_forward(cell, x_LBJK, w_DJK, bias_JK, keep_LB, state)[0]
+def recur(cell: str, x_LBJK, w_DJK, bias_JK, keep_LB, real_LB, state):
+  """(h_LBD, the last state): the loop over time. x: what the tokens add to the gates; keep: False where the state starts
+  from zeros; real: False where it passes by a token unchanged."""
+  return _recur_forward(cell, x_LBJK, w_DJK, bias_JK, keep_LB, real_LB, state)[0]
 
 
-def _gates(h_BD, w_DJK, bias_JK):
+def gates(h_BD, w_DJK, bias_JK):
   return jnp.einsum('BD,DJK->BJK', h_BD, w_DJK) + bias_JK[None]
 
 
-def _recur_forward(cell, x_LBJK, w_DJK, bias_JK, keep_LB, state):
+def _where(which_B, a, b):
+  return jax.tree.map(lambda a, b: jnp.where(which_B[:, None], a, b), a, b)
+
+
+def _recur_forward(cell, x_LBJK, w_DJK, bias_JK, keep_LB, real_LB, state):
   def step(state, now):
-    x_BJK, keep_B = now
-    before = jax.tree.map(lambda a: a * keep_B[:, None].astype(a.dtype), state)
-    h_BJK = _gates(before['h'], w_DJK, bias_JK)
-    after = CELLS[cell][1](x_BJK, h_BJK, before)
+    x_BJK, keep_B, real_B = now
+    before = _where(keep_B, state, jax.tree.map(jnp.zeros_like, state))
+    h_BJK = gates(before['h'], w_DJK, bias_JK)
+    after = _where(real_B, CELLS[cell][1](x_BJK, h_BJK, before), before)
     return after, (after['h'], before, h_BJK)
-  state, (h_LBD, before, gates_LBJK) = jax.lax.scan(step, state, (x_LBJK, keep_LB))
-  return (h_LBD, state), (x_LBJK, w_DJK, keep_LB, before, gates_LBJK)
+  state, (h_LBD, before, gates_LBJK) = jax.lax.scan(step, state, (x_LBJK, keep_LB, real_LB))
+  return (h_LBD, state), (x_LBJK, w_DJK, keep_LB, real_LB, before, gates_LBJK)
 
 
 def _recur_backward(cell, saved, cotangents):
-  x_LBJK, w_DJK, keep_LB, before, gates_LBJK = saved
+  x_LBJK, w_DJK, keep_LB, real_LB, before, gates_LBJK = saved
   dh_LBD, dstate = cotangents
 
-  def step(dstate, now):
-    dh_BD, x_BJK, keep_B, state, h_BJK = now
+  def step(dafter, now):
+    dh_BD, x_BJK, keep_B, real_B, state, h_BJK = now
+    dafter = {**dafter, 'h': dafter['h'] + dh_BD}
+    zeros = jax.tree.map(jnp.zeros_like, dafter)
     _, vjp = jax.vjp(CELLS[cell][1], x_BJK, h_BJK, state)
-    dx_BJK, dgates_BJK, dbefore = vjp({**dstate, 'h': dstate['h'] + dh_BD})
+    dx_BJK, dgates_BJK, dbefore = vjp(_where(real_B, dafter, zeros))
     dbefore['h'] += jnp.einsum('BJK,DJK->BD', dgates_BJK, w_DJK)
-    return jax.tree.map(lambda a: a * keep_B[:, None].astype(a.dtype), dbefore), (dx_BJK, dgates_BJK)
-  dstate, (dx_LBJK, dgates_LBJK) = jax.lax.scan(step, dstate, (dh_LBD, x_LBJK, keep_LB, before, gates_LBJK), reverse=True)
+    dbefore = jax.tree.map(jnp.add, dbefore, _where(real_B, zeros, dafter))
+    return _where(keep_B, dbefore, zeros), (dx_BJK, dgates_BJK)
+  dstate, (dx_LBJK, dgates_LBJK) = jax.lax.scan(step, dstate, (dh_LBD, x_LBJK, keep_LB, real_LB, before, gates_LBJK),
+                                                reverse=True)
   dw_DJK = jnp.einsum('LBD,LBJK->DJK', before['h'], dgates_LBJK, out_sharding=jax.P(None, None, None))
-  return dx_LBJK, dw_DJK, dgates_LBJK.sum((0, 1)), None, dstate
+  return dx_LBJK, dw_DJK, dgates_LBJK.sum((0, 1)), None, None, dstate
 
 
 recur.defvjp(_recur_forward, _recur_backward)
 
 
-def layer(cfg: ModelConfig, params: dict, x_BLD, keep_LB, state: dict):
+def layer(cfg: ModelConfig, params: dict, x_BLD, keep_LB, real_LB, state: dict):
   """(h_BLD, the last state {'h': [B, D], …}) of one layer."""
   x_BLJK = contract('BLD,DJK->BLJK', 'weight', None, x_BLD, params['x']['w'])
   x_BLJK += params['x']['bias'].astype(x_BLD.dtype)[None, None]
   w_DJK = use(params['h']['w'], 'DJK', x_BLD.dtype)
-  h_LBD, state = recur(cfg.rnn.cell, jnp.moveaxis(x_BLJK, 1, 0), w_DJK, params['h']['bias'].astype(x_BLD.dtype), keep_LB, state)
+  bias_JK = params['h']['bias'].astype(x_BLD.dtype)
+  h_LBD, state = recur(cfg.rnn.cell, jnp.moveaxis(x_BLJK, 1, 0), w_DJK, bias_JK, keep_LB, real_LB, state)
   return jnp.moveaxis(h_LBD, 0, 1), state
 
 
-def layers(cfg: ModelConfig, params: dict, x_BLD, keep_BL, carry: dict, dropout_key=None):
+def layers(cfg: ModelConfig, params: dict, x_BLD, keep_BL, carry: dict, dropout_key=None, real_BL=None):
   """(h_BLD of the last layer, the state after the last token [B, N, D]); dropout on what goes up, not on what goes on
-  (Zaremba et al. 2014)."""
-  keep_LB = jnp.swapaxes(keep_BL, 0, 1).astype(jnp.float32)
+  (Zaremba et al. 2014). keep and real: see recur; all are real if it is None."""
+  keep_LB, real_LB = keep_BL.T, (jnp.ones_like(keep_BL) if real_BL is None else real_BL).T
   run, after = functools.partial(layer, cfg), []
   if REMAT[cfg.remat] is not None:
     run = jax.checkpoint(run, policy=REMAT[cfg.remat])
   for n in range(cfg.N):
     own, state = jax.tree.map(lambda a, n=n: a[n], params), jax.tree.map(lambda a, n=n: a[:, n], carry)
-    x_BLD, state = run(own, x_BLD, keep_LB, state)
+    x_BLD, state = run(own, x_BLD, keep_LB, real_LB, state)
     if dropout_key is not None:
       x_BLD = Dropout(cfg.dropout, True).apply({}, x_BLD, rngs={'dropout': jax.random.fold_in(dropout_key, n)})
     after.append(state)

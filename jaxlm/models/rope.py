@@ -1,6 +1,7 @@
 """Rotary positions (Su et al. 2021), and the scalings that carry them beyond the length they were trained on."""
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +17,8 @@ def turn(x_BLHK, positions_BL, cfg: RopeConfig, local: bool, dims: int):
   angle_BLK = positions_BL[..., None].astype(jnp.float32) * jnp.asarray(frequencies_K)[None, None]
   cos, sin = ((f(angle_BLK) * magnitude)[:, :, None].astype(x_BLHK.dtype) for f in (jnp.cos, jnp.sin))
   a, b, rest = jnp.split(x_BLHK, (dims // 2, dims), -1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+  as_x = lambda a: jax.sharding.reshard(a, jax.typeof(x_BLHK).sharding.spec)  # with one head, products lose its axis (jax 0.12)
+  return jnp.concatenate([as_x(a * cos - b * sin), as_x(b * cos + a * sin), rest], -1)
 
 
 def frequencies(cfg: RopeConfig, local: bool, dims: int) -> tuple[np.ndarray, float]:
