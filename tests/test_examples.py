@@ -79,7 +79,7 @@ def test_spans_put_back_are_the_window():
     np.testing.assert_array_equal(back, STREAM.read(w * size, (w + 1) * size)[:len(back)])
     assert len(back) >= size - 8  # a span that ends with its document leaves more than the source has room for
     for token, segment in zip(batch['targets'][w], batch['segments'][w]):  # a sentinel's document is that of its place
-      if token in sentinels and segment:
+      if token in sentinels and segment:  # what is asked for has its place
         assert batch['input_segments'][w, list(batch['inputs'][w]).index(token)] == segment
     masked, total = masked + sum(map(len, spans.values())), total + size
   assert abs(masked / total - c.objective.share) < 0.02

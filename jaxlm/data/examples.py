@@ -98,6 +98,8 @@ def spans(task: Task, stream: Stream, windows_B, numbers_B) -> dict[str, np.ndar
   for b, number in enumerate(numbers_B):
     row = {k: a[b] for k, a in whole.items()}
     inputs, targets = _corrupt(task, task.rng(number), row['tokens'], row['segments'])
+    lost = np.flatnonzero(np.isin(targets[0], task.tokenizer.sentinels) & ~np.isin(targets[0], inputs[0][:task.objective.source]))
+    targets = [a[:lost[0] if len(lost) else None] for a in targets]  # spans that were cut leave more than there is room for
     for name, (ids, segments), room in (('inputs', inputs, task.objective.source), ('targets', targets, L)):
       ids, segments = ids[:room], segments[:room]
       keys = ('inputs', 'input_segments', 'input_positions') if name == 'inputs' else ('targets', 'segments', 'positions')
