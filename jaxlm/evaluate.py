@@ -44,8 +44,12 @@ def _only(batch: dict, rows_B: np.ndarray) -> dict:
 
 def evaluate(lm, documents: Iterable[tuple[str, str]], context: int, stride: int, batch: int, progress=None) -> dict:
   """Scores (name, text) documents with an LM (see lm.py) → the JSON of `jaxlm eval` (nats; null where undefined)."""
-  return {**total(scoring.score(lm, documents, context, stride, batch, progress)), 'kind': lm.config.model.kind,
-          'step': lm.step, 'context': context, 'stride': stride}
+  return result(lm, scoring.score(lm, documents, context, stride, batch, progress), context, stride)
+
+
+def result(lm, scored: list[scoring.Document], context: int, stride: int) -> dict:
+  """The JSON of documents that were scored."""
+  return {**total(scored), 'kind': lm.config.model.kind, 'step': lm.step, 'context': context, 'stride': stride}
 
 
 def total(scored: list[scoring.Document]) -> dict:

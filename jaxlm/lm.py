@@ -10,6 +10,7 @@ from jaxlm import checkpoint, generate, layout
 from jaxlm.schema import Config, MeshConfig
 from jaxlm.data import pipeline
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UsageError
 from jaxlm.metrics import say
 from jaxlm.models import cache, kinds
 from jaxlm.sampling import Sampling
@@ -27,13 +28,19 @@ class LM:
   mesh: jax.sharding.Mesh
   step: int
 
-  def logits(self, tokens_BL) -> np.ndarray:
-    """float32 numpy logits [B, L, V] of token ids [B, L] (int; each row one document's beginning)."""
-    tokens_BL = np.asarray(tokens_BL, np.int32)
-    rows = len(tokens_BL)
-    padded_BL = np.pad(tokens_BL, ((0, -rows % self.rows_multiple), (0, 0)))
+  def logits(self, tokens_BL, inputs_BM=None) -> np.ndarray:
+    """float32 numpy logits [B, L, V] of token ids [B, L] (int; each row one document's beginning); inputs_BM: ids that an
+    encoder beside the decoder reads. UsageError if they are missing, or there is none."""
+    if (inputs_BM is None) == (self.config.objective.source > 0):
+      raise UsageError(f'logits: model.kind={self.config.model.kind} wants {"" if inputs_BM is None else "no "}inputs')
+    arrays = _one_document(np.asarray(tokens_BL, np.int32))
+    if inputs_BM is not None:
+      source = _one_document(np.asarray(inputs_BM, np.int32))
+      arrays |= {'inputs': source['tokens'], 'input_positions': source['positions'], 'input_segments': source['segments']}
+    rows = len(arrays['tokens'])
+    padded = {k: np.pad(a, ((0, -rows % self.rows_multiple), (0, 0))) for k, a in arrays.items()}
     with jax.set_mesh(self.mesh):
-      batch = pipeline.place(lambda low, high: _one_document(padded_BL[low:high]), len(padded_BL), self.mesh)
+      batch = pipeline.place(lambda low, high: {k: a[low:high] for k, a in padded.items()}, len(padded['tokens']), self.mesh)
       out_BLV = _logits(self.config.model, self.params, batch)
     return np.asarray(jax.device_get(out_BLV), np.float32)[:rows]
 

@@ -56,9 +56,9 @@ def _matrices(params):
   """Which axes of each stacked weight [N, in…, out…] make its matrix; None for what Adam updates."""
   def axes(path, w):
     name = path_of(path)
-    if re.match(r'layers/moe/(gate|up|down)$', name):  # [N, E, in, out]
+    if re.match(r'(encoder/)?layers/moe/(gate|up|down)$', name):  # [N, E, in, out]
       return optax.contrib.MuonDimensionNumbers((2,), (3,))
-    if not re.match(r'layers/.*/w$', name):
+    if not re.match(r'(encoder/)?(layers|backward)/.*/w$', name):
       return None
     split = w.ndim - 1 if name.endswith('/o/w') else 2  # o is [N, H, K, D]; all others [N, in, out…]
     return optax.contrib.MuonDimensionNumbers(tuple(range(1, split)), tuple(range(split, w.ndim)))

@@ -126,11 +126,14 @@ def test_trained_to_the_end_it_says_so_and_does_nothing(texts, trained):
 
 def test_eval_json_and_python_agree(texts, trained, tmp_path):
   workdir = trained[0]
-  run('eval', f'--workdir={workdir}', '--baselines', f'--json={tmp_path}/e.json', '--stride=8')
+  run('eval', f'--workdir={workdir}', '--baselines', f'--json={tmp_path}/e.json', '--stride=8', f'--by_document={tmp_path}/d.jsonl')
   result = json.loads((tmp_path / 'e.json').read_text())
   assert {'nll_per_token', 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'documents', 'step', 'gzip_bits_per_byte',
           'xz_bits_per_byte', 'fivegram_bits_per_byte'} <= set(result)
   assert result['step'] == STEPS and result['tokens'] == result['bytes']
+  each = [json.loads(line) for line in (tmp_path / 'd.jsonl').read_text(encoding='utf-8').splitlines()]
+  assert len(each) == result['documents'] and sum(d['bytes'] for d in each) == result['bytes']
+  np.testing.assert_allclose(sum(d['nll'] for d in each) / result['tokens'], result['nll_per_token'], rtol=1e-9)
   from jaxlm import evaluate
   from jaxlm.schema import MeshConfig
   lm = jaxlm.load(workdir, mesh=MeshConfig(1, 8, 1))
@@ -159,6 +162,14 @@ def test_data_commands(texts, tmp_path):
   shown = run('data', 'show', *flags, '--step=3').stdout
   assert shown.count('--- step 3 row') == 8 and '<|endoftext|>' in shown
   assert run('data', 'stats', *flags).stdout.count('documents') == 2
+  masked = run('data', 'show', *flags, '--config.model.kind=encoder', '--config.model.head=mlm', '--config.objective.name=mask',
+               '--config.loss.chunks=1').stdout
+  assert '▢' in masked and masked.count('→ ') == 8
+
+
+def test_fetching_what_is_not_there_is_one_line(tmp_path):
+  assert 'data fetch hamlet: there are shakespeare: ' in run('data', 'fetch', 'hamlet', f'--out={tmp_path}', code=2).stderr
+  assert 'wants --out' in run('data', 'fetch', 'shakespeare', code=2).stderr
 
 
 def test_doctor():

@@ -1,4 +1,5 @@
 """`jaxlm data build | show | stats`: make the token cache, read a batch as the model will, count."""
+import itertools
 import pathlib
 
 from jaxlm.schema import Config
@@ -13,14 +14,23 @@ def build(config: Config, workdir: pathlib.Path, step: int) -> None:
 
 
 def show(config: Config, workdir: pathlib.Path, step: int) -> None:
-  """Every row of the batch of `step`, decoded; ⏎ ends a segment."""
+  """Every row of the batch of `step`, decoded; ⏎ ends a segment, ▢ is a mask or a sentinel, → goes before what is to be said."""
   cache = pipelines.prepare(config, workdir, say)
   batch = pipelines.make(config, cache).rows(step, 0, config.batch)
   for row in range(config.batch):
-    say(f'--- step {step} row {row}: {int(batch["weights"][row].sum())} of {config.length} targets count')
-    for segment in range(1, int(batch['segments'][row].max()) + 1):
-      ids = batch['tokens'][row][batch['segments'][row] == segment]
-      say(f'[{segment}] {cache.tokenizer.decode(ids)}⏎')
+    say(f'--- step {step} row {row}: {int(batch["weights"][row].sum())} of {len(batch["targets"][row])} targets count'
+        + (f', label {batch["labels"][row, 0]}' if 'labels' in batch else ''))
+    for prefix in ('input_', '') if 'inputs' in batch else ('',):
+      ids, segments = batch['inputs' if prefix else 'tokens'][row], batch[f'{prefix}segments'][row]
+      for segment in range(1, int(segments.max()) + 1):
+        say(f'[{segment}{" source" if prefix else ""}] {_text(cache.tokenizer, ids[segments == segment])}⏎')
+    if 'at' in batch or config.objective.name == 'spans':
+      say(f'→ {_text(cache.tokenizer, batch["targets"][row][batch["weights"][row] > 0])}')
+
+
+def _text(tokenizer, ids) -> str:
+  runs = itertools.groupby(map(int, ids), lambda i: i == tokenizer.mask or i in tokenizer.sentinels)
+  return ''.join('▢' * len(list(run)) if special else tokenizer.decode(run) for special, run in runs)
 
 
 def stats(config: Config, workdir: pathlib.Path, step: int) -> None:
