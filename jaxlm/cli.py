@@ -2,6 +2,8 @@
 
     jaxlm train     --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE …]
     jaxlm eval      --workdir=DIR [--data=SOURCE --step=N --context=C --stride=S --batch=B --mesh=D,F,T --json=FILE]
+    jaxlm eval      --workdir=DIR [--data=SOURCE --metrics=exact,bleu,… --num_beams --max_length --limit --answers=FILE --json=FILE]
+                    of a run that was trained to answer (objective.name=answer)
     jaxlm eval      --workdir=DIR --tasks=NAME[,NAME] [--task_path=DIR --num_fewshot=N --limit=N --context --batch --json]
     jaxlm generate  --workdir=DIR --prompt=TEXT [--max_length=100 --temperature=0.7 --top_k --top_p --min_p
                     --repetition_penalty --num_beams --stop=TEXT --seed=0 --json=FILE]
@@ -56,11 +58,15 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_integer('batch', 16, 'rows at a time; changes speed only', flag_values=f)
     flags.DEFINE_string('by_document', None, 'write name, bytes, tokens and nats of each document to this file, a JSON a line',
                         flag_values=f)
+    flags.DEFINE_list('metrics', ['exact'], 'of answers: exact, bleu, chrf, rouge, f1', flag_values=f)
+    flags.DEFINE_string('answers', None, 'write question, what was said and what is right to this file, a JSON a line', flag_values=f)
+    flags.DEFINE_integer('num_beams', 1, 'of answers: above 1: beam search', flag_values=f)
+    flags.DEFINE_integer('max_length', None, 'of answers: tokens at most (default: what the run\'s length holds)', flag_values=f)
     flags.DEFINE_bool('baselines', False, 'gzip -9, xz -9 and a byte 5-gram on the same bytes', flag_values=f)
     flags.DEFINE_list('tasks', None, 'tasks of lm-evaluation-harness, in place of scoring a text', flag_values=f)
     flags.DEFINE_string('task_path', None, 'a folder with tasks of your own (YAML)', flag_values=f)
     flags.DEFINE_integer('num_fewshot', None, 'examples before each question (default: as the task says)', flag_values=f)
-    flags.DEFINE_integer('limit', None, 'documents a task at most', flag_values=f)
+    flags.DEFINE_integer('limit', None, 'documents a task, or questions, at most', flag_values=f)
   if command == 'generate':
     flags.DEFINE_multi_string('prompt', None, 'a text to go on from; may be given again', flag_values=f)
     flags.DEFINE_integer('max_length', 100, 'new tokens at most', flag_values=f)
@@ -132,14 +138,34 @@ def _write_json(path: str, result: dict) -> None:
 
 
 def _eval(f, overrides):
-  for name in ('data', 'stride', 'baselines', 'by_document') if f.tasks else ('task_path', 'num_fewshot', 'limit'):
-    if f[name].present:
-      raise UsageError(f'--{name} {"does not go" if f.tasks else "goes"} with --tasks')
+  _refuse_flags(f, ('tasks',) if f.tasks else ('texts', 'answers'))
   lm = _load(f)
-  if f.tasks:
-    _eval_tasks(f, lm)
-  else:
-    _eval_text(f, lm)
+  what = 'tasks' if f.tasks else 'answers' if lm.config.objective.name == 'answer' else 'texts'
+  _refuse_flags(f, (what,))
+  {'tasks': _eval_tasks, 'answers': _eval_answers, 'texts': _eval_text}[what](f, lm)
+
+
+def _refuse_flags(f, scored: tuple[str, ...]) -> None:
+  """UsageError for a flag of eval that none of what is scored has a use for."""
+  for name, whose in EVAL_FLAGS.items():
+    if f[name].present and not set(whose) & set(scored):
+      raise UsageError(f'--{name} is for scoring {" and ".join(whose)}, and here it is {" or ".join(scored)}')
+
+
+EVAL_FLAGS = {'data': ('texts', 'answers'), 'context': ('texts', 'tasks'), 'stride': ('texts',), 'baselines': ('texts',),
+              'by_document': ('texts',), 'task_path': ('tasks',), 'num_fewshot': ('tasks',), 'limit': ('tasks', 'answers'),
+              'metrics': ('answers',), 'answers': ('answers',), 'num_beams': ('answers',), 'max_length': ('answers',)}
+
+
+def _eval_answers(f, lm):
+  from jaxlm import answers, report  # pylint: disable=g-import-not-at-top
+  result, each = answers.evaluate_answers(lm, f.data, f.metrics, f.batch, f.limit, f.max_length, f.num_beams)
+  report.print_answers(result, each)
+  if f.answers:
+    lines = (json.dumps(a, ensure_ascii=False) + '\n' for a in each)
+    pathlib.Path(f.answers).write_text(''.join(lines), encoding='utf-8')
+  if f.json:
+    _write_json(f.json, {**result, 'data': f.data})
 
 
 def _eval_tasks(f, lm):

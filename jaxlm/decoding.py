@@ -15,7 +15,7 @@ class Rows:
   """Prompts in a batch with its cache: `start` reads them, `extend` one more token each. Logits are of the last tokens.
 
   Beside an encoder, the prompt (its last objective.source tokens) is what the encoder reads, and the decoder begins as it
-  did in training: with the prompt's last token, or, where it was trained on answers (objective spans), with a boundary.
+  did in training: with the prompt's last token, or, where it was trained to answer (objectives spans, answer), with a boundary.
   """
 
   def __init__(self, lm, prompts: Sequence[Sequence[int]], new: int):
@@ -29,7 +29,7 @@ class Rows:
       name, boundary = lm.config.objective.name, lm.tokenizer.boundary
       cut = (lambda ids: ids[:-1]) if name == 'next' else list
       self._inputs = _aligned([cut(ids)[-self._source:] for ids in prompts], self.size, self._source, right=False)
-      prompts = [[boundary] if name == 'spans' else ids[-1:] for ids in prompts]
+      prompts = [[boundary] if name in ('spans', 'answer') else ids[-1:] for ids in prompts]
     longest = max(map(len, prompts))
     positions = self.cfg.P - self.cfg.first_position
     if self.cfg.P and longest + new > positions:

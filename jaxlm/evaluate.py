@@ -20,7 +20,7 @@ class HeldOut:
 
   def __init__(self, config: Config, cache, mesh):
     stream, task = cache.streams['heldout'], examples.Task(config, cache.tokenizer)
-    count = min(config.eval_windows, stream.windows(examples.stride(config)))
+    count = min(config.eval_windows, examples.count(task, stream))
     if not count:
       raise UsageError(f'eval_every={config.eval_every}: nothing is held out (data.heldout={config.data.heldout})')
     self._nll = scoring.make_nll(config)

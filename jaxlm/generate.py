@@ -67,7 +67,7 @@ def generate(lm, prompts: list[str], max_length: int, s: Sampling, seed: int, st
     raise UsageError(f'--max_length={max_length}: wants at least 1')
   if not prompts or any(not isinstance(s_, str) or not s_ for s_ in stop_strings):
     raise UsageError('generate wants at least one prompt, and stop strings that are not empty')
-  ids = [lm.tokenizer.prompt(p) for p in prompts]
+  ids = [lm.prompt(p) for p in prompts]
 
   def text_of(row: list[int]) -> str:
     ended = next((i for i, t in enumerate(row) if t in lm.stop_ids), len(row))

@@ -52,6 +52,13 @@ class LM:
     """
     return generate.generate(self, prompts, max_length, Sampling(temperature, **sampling), seed, stop, stream)
 
+  def prompt(self, text: str) -> list[int]:
+    """Ids of a text to go on from; of a question, where the model was trained to answer."""
+    if self.config.objective.name != 'answer':
+      return self.tokenizer.prompt(text)
+    boundary = self.tokenizer.boundary
+    return [*([] if self.config.objective.source else [boundary]), *self.tokenizer.encode(text), boundary]
+
   @functools.cached_property
   def decoding_params(self) -> dict:
     """The parameters as models/cache.py takes them: a second copy, made when something is first generated."""

@@ -51,6 +51,18 @@ def print_tasks(result: dict) -> None:
   console.print(table)
 
 
+def print_answers(result: dict, each: list[dict], shown: int = 3) -> None:
+  """The metrics of answers, and the first few of them."""
+  for answer in each[:shown]:
+    say(f'{answer["question"]}\n  said:  {answer["said"]}\n  right: {answer["right"]}')
+  table = Table(box=box.SIMPLE)
+  table.add_column('metric')
+  table.add_column('value', justify='right')
+  for name, value in result.items():
+    table.add_row(name, f'{value:.4f}' if isinstance(value, float) else str(value))
+  console.print(table)
+
+
 def print_sample(prompt: str, text: str) -> None:
   console.print(f'[bold]{_escape(prompt)}[/bold]{_escape(text)}', markup=True)
 

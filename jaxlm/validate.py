@@ -10,7 +10,7 @@ CHOICES = {
     'model.norm': ('rms', 'layer'), 'model.norm_place': ('pre', 'post', 'both', 'after'),
     'model.qk_norm': ('none', 'head', 'all'), 'model.position': ('rope', 'learned', 'sinusoidal', 'relative', 'none'),
     'model.head': ('lm', 'mlm'), 'model.rnn.cell': ('lstm', 'gru'), 'model.rnn.attention': ('none', 'bahdanau', 'luong'),
-    'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs'), 'data.order': ('shuffled', 'contiguous'),
+    'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs', 'answer'), 'data.order': ('shuffled', 'contiguous'),
     'model.mlp': ('swiglu', 'geglu', 'gelu', 'gelu_exact', 'relu'), 'model.bias': ('none', 'all', 'qkv', 'not_qkv'),
     'model.dtype': ('float32', 'bfloat16'), 'model.attention': ('auto', 'dot_product', 'blocked', 'plain'),
     'model.remat': ('none', 'dots', 'full'), 'model.rope.scaling': ('none', 'linear', 'llama3', 'yarn'),
@@ -61,8 +61,7 @@ def validate(c: Config) -> None:
 
 
 # Which objectives a kind of model can have.
-OBJECTIVES = {'decoder': ('causal',), 'rnn': ('causal',), 'encoder': ('mask', 'pairs'), 'seq2seq': ('next', 'prefix', 'spans'),
-              'rnn_seq2seq': ('next', 'prefix')}
+OBJECTIVES = {'decoder': ('causal', 'answer'), 'rnn': ('causal',), 'encoder': ('mask', 'pairs'), 'seq2seq': ('next', 'prefix', 'spans', 'answer'), 'rnn_seq2seq': ('next', 'prefix', 'answer')}
 
 
 def _objective(c: Config, need) -> None:
@@ -74,6 +73,8 @@ def _objective(c: Config, need) -> None:
        f'model.kind={m.kind} has no encoder beside it: set 0')
   if o.name == 'spans':
     need(span_lengths(o)[1] <= c.length, 'length', f'spans of objective.source={o.source} have {span_lengths(o)[1]} targets')
+  need((o.name == 'answer') == bool(c.data.target), 'data.target', 'objective.name=answer wants the field of the answers' if
+       o.name == 'answer' else 'only objective.name=answer has answers: set \'\'')
   if o.name == 'pairs':
     need(m.pooler and m.T == 2 and m.C == 2, 'model.pooler', 'pairs want model.pooler=True, model.T=2 and model.C=2')
     need(c.length >= 8, 'length', 'pairs want 8 or more')

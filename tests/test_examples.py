@@ -4,7 +4,7 @@ import collections
 import numpy as np
 import pytest
 
-from jaxlm.data import examples, tokenizer
+from jaxlm.data import examples, packing, tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.schema import span_lengths
 from tests import common
@@ -132,8 +132,7 @@ def test_whole_words_are_masked_or_not():
   text = 'the quick brown fox jumps over the lazy dog again and again ' * 40
   bpe = tokenizer.make('bpe:290', iter([text]))
   ids = np.array([bpe.boundary, *bpe.encode(text), bpe.boundary])
-  from jaxlm.data.packing import Stream
-  stream = Stream((ids,), np.array([0, len(ids)]), np.array([0, len(ids)]))
+  stream = packing.Stream((ids,), np.array([0, len(ids)]), np.array([0, len(ids)]))
   c = masked_config(**{'model.V': 296, 'objective.whole_words': True})
   batch = examples.make(examples.Task(c, bpe), stream, np.arange(8), np.arange(8))
   plain = stream.slices(np.arange(8) * 32, 32)
@@ -173,6 +172,39 @@ def test_pairs_are_two_halves_or_of_two_documents():
     for part in (first, second):
       assert ' '.join(map(str, part)) in text
   assert 0.2 < np.mean(labels) < 0.8
+
+
+@pytest.mark.parametrize('family', ['transformer', 'llama', 'cho'])
+def test_answers_are_asked_for_once_an_epoch_with_their_question(family):
+  rng = np.random.default_rng(0)
+  pairs = [(rng.integers(60, 90, rng.integers(1, 12)), rng.integers(90, 120, rng.integers(1, 9))) for _ in range(50)]
+  b = common.BYTES.boundary
+  ids = [np.array([b, *q, b, *a, b]) for q, a in pairs]
+  starts = np.cumsum([0] + [len(i) for i in ids])
+  stream = packing.Stream((np.concatenate(ids),), np.array([0, starts[-1]]), starts,
+                          starts[:-1] + np.array([len(q) + 2 for q, _ in pairs]))
+  c = common.config(family, **{'objective.name': 'answer', 'data.target': 'a'})
+  task = examples.Task(c, common.BYTES)
+  count = examples.count(task, stream)
+  assert count == 50 if family == 'cho' else count < 40
+  batch = examples.make(task, stream, np.arange(count), np.arange(count))
+  assert {k: (a.shape[1], a.dtype) for k, a in batch.items()} == {k: (n, np.dtype(d)) for k, (n, d) in examples.shapes(c).items()}
+  found = []
+  for row in range(count):
+    for segment in range(1, batch['segments'][row].max() + 1):
+      here = batch['segments'][row] == segment
+      tokens, targets, weights = (batch[k][row][here] for k in ('tokens', 'targets', 'weights'))
+      said = targets[weights > 0]
+      if c.objective.source:
+        question = batch['inputs'][row][batch['input_segments'][row] == segment][:-1]
+        np.testing.assert_array_equal(tokens, [b, *said[:-1]])
+      else:
+        question = tokens[1:np.flatnonzero(weights)[0]]
+        np.testing.assert_array_equal(tokens, [b, *question, b, *said[:-1]])
+      np.testing.assert_array_equal(batch['positions'][row][here], np.arange(here.sum()))
+      assert said[-1] == b
+      found.append((tuple(question), tuple(said[:-1])))
+  assert sorted(found) == sorted((tuple(q), tuple(a)) for q, a in pairs)
 
 
 def test_a_vocabulary_without_room_for_masks_is_refused():

@@ -206,7 +206,7 @@ def test_command_line(folder, tmp_path, monkeypatch, capsys):
   out = json.loads((tmp_path / 'out.json').read_text())
   assert out['step'] == 0 and out['context'] == CONTEXT and out['documents'] == {'rolling': 2, 'choice': 2}
   assert f'{out["results"]["rolling"]["bits_per_byte"]:.4f}' in capsys.readouterr().out
-  for more, message in [(['--limit=2'], 'limit goes with --tasks'), (['--tasks=choice', '--baselines'], 'does not go'),
+  for more, message in [(['--num_fewshot=2'], 'num_fewshot is for scoring tasks, and here it is texts or answers'), (['--tasks=choice', '--baselines'], 'baselines is for scoring texts, and here it is tasks'),
                         (['--tasks=choice', f'--task_path={tmp_path / "none"}'], 'no such folder')]:
     with pytest.raises(UsageError, match=message):
       cli.run([*words, *more])

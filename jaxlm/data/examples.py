@@ -22,6 +22,7 @@ class Task:
   """What the examples of a run are made with."""
   config: Config
   tokenizer: Tokenizer
+  packed: dict = dataclasses.field(default_factory=dict, compare=False)  # of each stream of answers: its rows
 
   @property
   def objective(self) -> ObjectiveConfig:
@@ -200,12 +201,72 @@ def _longest(task: Task, stream: Stream, window: int) -> np.ndarray:
   return tokens_L[text == np.argmax(np.bincount(text, minlength=2)[1:]) + 1]
 
 
-EXAMPLES = {'causal': causal, 'next': following, 'prefix': prefix, 'spans': spans, 'mask': mask, 'pairs': pairs}
+def _fit(task: Task, question: int, answer: int) -> tuple[int, int]:
+  """How many tokens of each are kept: the last of the question and the first of the answer, each with a boundary after it."""
+  L, M = task.config.length, task.objective.source
+  if M:
+    return min(question, M - 1), min(answer, L - 1)
+  answer = min(answer, L - 2)
+  return min(question, L - 2 - answer), answer
+
+
+def rows_of_answers(task: Task, stream: Stream) -> list[list[int]]:
+  """The documents of each row: in an order that the seed chooses, as many as fit (a recurrent model takes one)."""
+  if id(stream) not in task.packed:
+    questions, answers = stream.answers - stream.starts[:-1] - 2, stream.starts[1:] - stream.answers - 1
+    L, M, alone = task.config.length, task.objective.source, task.config.model.kind == 'rnn_seq2seq'
+    rows, room = [], (0, 0)
+    for n in task.rng(-1).permutation(len(answers)):
+      question, answer = _fit(task, int(questions[n]), int(answers[n]))
+      wants = (question + 1, answer + 1) if M else (0, question + answer + 2)
+      if alone or not rows or wants[0] > room[0] or wants[1] > room[1]:
+        rows.append([])
+        room = (M, L)
+      rows[-1].append(int(n))
+      room = (room[0] - wants[0], room[1] - wants[1])
+    task.packed[id(stream)] = rows
+  return task.packed[id(stream)]
+
+
+def answer(task: Task, stream: Stream, windows_B, numbers_B) -> dict[str, np.ndarray]:
+  """Questions and their answers; only the answer counts. An encoder reads the question and a boundary, the decoder starts
+  from one; a decoder alone reads [boundary, question, boundary, answer]."""
+  del numbers_B
+  rows, out, boundary = rows_of_answers(task, stream), _blank(task, len(windows_B)), task.tokenizer.boundary
+  for b, window in enumerate(windows_B):
+    at = at_source = 0
+    for segment, n in enumerate(rows[window], 1):
+      question, said = stream.document(n)
+      kept, size = _fit(task, len(question), len(said))
+      question, said = question[len(question) - kept:], said[:size]
+      if task.objective.source:
+        span = slice(at_source, at_source + kept + 1)
+        out['inputs'][b, span], out['input_segments'][b, span] = [*question, boundary], segment
+        at_source, before = span.stop, [boundary]
+      else:
+        before = [boundary, *question, boundary]
+      ids = [*before, *said, boundary]
+      span = slice(at, at + len(ids) - 1)
+      out['tokens'][b, span], out['targets'][b, span], out['segments'][b, span] = ids[:-1], ids[1:], segment
+      out['weights'][b, at + len(before) - 1:span.stop] = 1
+      at = span.stop
+  for prefix in ('', 'input_') if task.objective.source else ('',):
+    out[f'{prefix}positions'] = _recount(out[f'{prefix}segments'])
+  return out
+
+
+EXAMPLES = {'causal': causal, 'next': following, 'prefix': prefix, 'spans': spans, 'mask': mask, 'pairs': pairs,
+            'answer': answer}
 
 
 def make(task: Task, stream: Stream, windows_B: np.ndarray, numbers_B: np.ndarray) -> dict[str, np.ndarray]:
   """The examples of some windows of a stream; numbers: of the examples in the run, which their randomness follows."""
   return EXAMPLES[task.objective.name](task, stream, windows_B, numbers_B)
+
+
+def count(task: Task, stream: Stream) -> int:
+  """Windows that a stream has."""
+  return len(rows_of_answers(task, stream)) if task.objective.name == 'answer' else stream.windows(stride(task.config))
 
 
 def stride(config: Config) -> int:
@@ -218,7 +279,7 @@ def shapes(config: Config) -> dict[str, tuple[int, type]]:
   """name → (length, dtype) of the arrays [B, length] of a batch."""
   name, L, M = config.objective.name, config.length, config.objective.source
   out = {k: (L, np.int32) for k in ('tokens', 'targets', 'segments', 'positions')} | {'weights': (L, np.float32)}
-  if name in ('next', 'prefix', 'spans'):
+  if M:
     out |= {k: (M, np.int32) for k in ('inputs', 'input_segments', 'input_positions')}
   if name in ('mask', 'pairs'):
     S = selected(config)

@@ -6,7 +6,8 @@ epoch. Documents never see each other: they differ in segment, positions start a
 cross from a document into the next has weight 0.
 
 On disk (`cache`): manifest.json, tokenizer.json, and a split's tokens in parts NAME-00000.bin (uint16 or uint32) with
-the start of each document in NAME-documents.npy (int64). All of it appears at once, or not at all.
+the start of each document in NAME-documents.npy (int64). All of it appears at once, or not at all. With data.target a
+document is [boundary, question, boundary, answer, boundary], and NAME-answers.npy says where each answer starts.
 """
 import dataclasses
 import hashlib
@@ -30,10 +31,12 @@ HASHED_BYTES = 2 ** 31   # caches up to this are hashed whenever they are opened
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """One split, memory-mapped. `starts` are document starts, ending with the number of tokens."""
+  """One split, memory-mapped. `starts` are document starts, ending with the number of tokens; `answers` where the answer of
+  each starts, None if they have none."""
   parts: tuple
   part_starts: np.ndarray
   starts: np.ndarray
+  answers: np.ndarray | None = None
 
   @property
   def tokens(self) -> int:
@@ -53,6 +56,11 @@ class Stream:
       out.append(self.parts[first][start - offset:stop - offset])
       start, first = stop, first + 1
     return np.concatenate(out).astype(np.int32)
+
+  def document(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(question, answer) of a document that has one, without their boundaries."""
+    start, answer, end = int(self.starts[n]), int(self.answers[n]), int(self.starts[n + 1])
+    return self.read(start + 1, answer - 1), self.read(answer, end - 1)
 
   def slices(self, starts_B: np.ndarray, length: int, since_B: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """stream[start : start + length] of each row → {tokens, segments, positions}, int32 [B, L].
@@ -96,13 +104,14 @@ def build(data: DataConfig, cache: pathlib.Path, say=print) -> None:
   try:
     folder.mkdir(parents=True)
     say(f'data: reading {data.source}, tokenizer {data.tokenizer}')
-    texts = (text for _, text in sources.documents(data.source, data, 'train'))
+    texts = (text for _, *both in _records(data, 'train') for text in both)
     tokenizer = tokenizers.make(data.tokenizer, texts)
     (folder / 'tokenizer.json').write_text(tokenizer.json, encoding='utf-8')
     splits = {split: _write_split(data, split, tokenizer, folder, say) for split in SPLITS}
     if not splits['train']['documents']:
       raise UsageError(f'data source {data.source}: no training document in it (data.heldout={data.heldout})')
-    manifest = {'source': data.source, 'heldout': data.heldout, 'key': data.key, 'tokenizer': data.tokenizer,
+    manifest = {'source': data.source, 'heldout': data.heldout, 'key': data.key, **({'target': data.target} if data.target else {}),
+                'tokenizer': data.tokenizer,
                 'tokenizer_sha256': tokenizer.sha256, 'splits': splits}
     manifest['hash'] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
@@ -165,11 +174,16 @@ def _fsync(path: pathlib.Path) -> None:
 def _write_split(data: DataConfig, split: str, tokenizer, folder: pathlib.Path, say) -> dict:
   """Tokenises a split part by part → its entry in the manifest. Memory: a batch of documents."""
   dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32)
-  starts, parts, source_hash, size, part = [0], [], hashlib.sha256(), 0, None
+  starts, answers, parts, source_hash, size, part = [0], [], [], hashlib.sha256(), 0, None
 
   def flush(batch):
     nonlocal part
-    for ids in tokenizer.encode_batch([text for _, text in batch]):
+    count = 2 if data.target else 1
+    encoded = tokenizer.encode_batch([text for _, *texts in batch for text in texts])
+    for ids, *answer in zip(*(encoded[k::count] for k in range(count))):
+      if answer:
+        answers.append(starts[-1] + len(ids) + 2)
+        ids = [*ids, tokenizer.boundary, *answer[0]]
       if part is None or part['tokens'] >= PART_TOKENS:
         part = {'file': f'{split}-{len(parts):05}.bin', 'tokens': 0}
         parts.append(part)
@@ -181,12 +195,12 @@ def _write_split(data: DataConfig, split: str, tokenizer, folder: pathlib.Path, 
     say(f'data: {split}: {len(starts) - 1:,} documents, {starts[-1]:,} tokens')
 
   batch, waiting = [], 0
-  for name, text in sources.documents(data.source, data, split):
-    raw = text.encode()
+  for name, *texts in _records(data, split):
+    raw = '\0'.join(texts).encode()
     size += len(raw)
     waiting += len(raw)
     source_hash.update(f'{name}\0{hashlib.sha256(raw).hexdigest()}\n'.encode())
-    batch.append((name, text))
+    batch.append((name, *texts))
     if waiting > 2 ** 23:
       flush(batch)
       batch, waiting = [], 0
@@ -194,10 +208,18 @@ def _write_split(data: DataConfig, split: str, tokenizer, folder: pathlib.Path, 
     flush(batch)
   np.save(folder / f'{split}-documents.npy', np.array(starts, np.int64))
   parts.append({'file': f'{split}-documents.npy', 'tokens': 0})
+  if data.target:
+    np.save(folder / f'{split}-answers.npy', np.array(answers, np.int64))
+    parts.append({'file': f'{split}-answers.npy', 'tokens': 0})
   for part in parts:
     part.update(bytes=(folder / part['file']).stat().st_size, sha256=_sha256(folder / part['file']))
   return {'documents': len(starts) - 1, 'tokens': starts[-1], 'bytes': size, 'dtype': dtype.name,
           'source_sha256': source_hash.hexdigest(), 'parts': parts}
+
+
+def _records(data: DataConfig, split: str):
+  """(name, text), or (name, question, answer) with data.target."""
+  return (sources.answers if data.target else sources.documents)(data.source, data, split)
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -210,9 +232,9 @@ def open_cache(data: DataConfig, cache: pathlib.Path) -> Cache:
   if not (cache / 'manifest.json').is_file():
     raise UsageError(f'data cache {cache}: manifest.json is missing; remove the folder to build it again')
   manifest = json.loads((cache / 'manifest.json').read_text(encoding='utf-8'))
-  for field in ('source', 'heldout', 'key', 'tokenizer'):
-    if manifest[field] != getattr(data, field):
-      raise UsageError(f'data cache {cache}: was built with data.{field}={manifest[field]!r}, the config has '
+  for field in ('source', 'heldout', 'key', 'target', 'tokenizer'):
+    if (found := manifest.get(field, '')) != getattr(data, field):  # a cache of plain texts says nothing of a target
+      raise UsageError(f'data cache {cache}: was built with data.{field}={found!r}, the config has '
                        f'{getattr(data, field)!r}; set --config.data.cache to another folder, or remove this one')
   parts = [p for split in SPLITS for p in manifest['splits'][split]['parts']]
   hashed = sum(p['bytes'] for p in parts) <= HASHED_BYTES
@@ -231,7 +253,9 @@ def open_cache(data: DataConfig, cache: pathlib.Path) -> Cache:
 def _open_stream(entry: dict, cache: pathlib.Path, split: str) -> Stream:
   parts = [p for p in entry['parts'] if p['tokens']]
   maps = tuple(np.memmap(cache / p['file'], np.dtype(entry['dtype']), 'r') for p in parts)
-  return Stream(maps, np.cumsum([0] + [p['tokens'] for p in parts]), np.load(cache / f'{split}-documents.npy'))
+  answers = cache / f'{split}-answers.npy'
+  return Stream(maps, np.cumsum([0] + [p['tokens'] for p in parts]), np.load(cache / f'{split}-documents.npy'),
+                np.load(answers) if answers.exists() else None)
 
 
 if __name__ == '__main__':

@@ -55,7 +55,7 @@ class Pipeline:
   @property
   def windows(self) -> int:
     """Examples in an epoch."""
-    return self.cache.streams['train'].windows(examples.stride(self.config))
+    return examples.count(self.task, self.cache.streams['train'])
 
   def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
     """Rows [start, stop) of the global batch of `step` (from 0)."""

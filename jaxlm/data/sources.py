@@ -2,9 +2,11 @@
 
     stdlib                 the Python standard library's own source files: real text that is on every machine
     text:GLOB              a file a document, UTF-8
-    jsonl:GLOB             a line a document, its field `key`
-    arrayrecord:GLOB       a JSON record a document, its field `key`
-    tfds:NAME[:VERSION]/SPLIT   an example a document, its field `key`; prepared beforehand, read without TensorFlow
+    jsonl:GLOB             a line a document, its field data.key
+    arrayrecord:GLOB       a JSON record a document, its field data.key
+    tfds:NAME[:VERSION]/SPLIT   an example a document, its field data.key; prepared beforehand, read without TensorFlow
+
+With data.target, a record is a question (data.key) and its answer (that field): `answers` gives both.
 
 Each source is split once and for all: a document is held out if the hash of its name falls in the held-out share.
 """
@@ -30,16 +32,28 @@ def documents(source: str, data: DataConfig, split: str) -> Iterator[tuple[str, 
 
   Raises UsageError naming the source, file or record that cannot be used.
   """
+  for name, text in _records(source, data, split, (data.key,)):
+    yield name, text
+
+
+def answers(source: str, data: DataConfig, split: str) -> Iterator[tuple[str, str, str]]:
+  """(name, question, answer), as `documents`."""
+  yield from _records(source, data, split, (data.key, data.target))
+
+
+def _records(source: str, data: DataConfig, split: str, keys: tuple[str, ...]):
   kind, _, rest = source.partition(':')
   if kind not in SOURCES or bool(rest) == (kind == 'stdlib'):
     raise UsageError(f'data source {source!r}: wants one of stdlib, text:GLOB, jsonl:GLOB, arrayrecord:GLOB, '
                      'tfds:NAME/SPLIT')
-  for name, text in SOURCES[kind](rest, data.key):
-    if text and (split == 'all' or is_heldout(name, data.heldout) == (split == 'heldout')):
-      yield name, text
+  if len(keys) > 1 and kind in ('stdlib', 'text'):
+    raise UsageError(f'data source {source!r}: has no field data.target={data.target!r}; jsonl, arrayrecord and tfds have fields')
+  for name, *texts in SOURCES[kind](rest, keys):
+    if all(texts) and (split == 'all' or is_heldout(name, data.heldout) == (split == 'heldout')):
+      yield (name, *texts)
 
 
-def _stdlib(rest: str, key: str):
+def _stdlib(rest: str, keys: tuple[str, ...]):
   """Whole .py files, UTF-8 ones only (a dozen test files are in other encodings on purpose)."""
   root = pathlib.Path(sysconfig.get_path('stdlib'))
   skip = {'site-packages', 'dist-packages', '__pycache__'}
@@ -62,7 +76,7 @@ def _files(pattern: str, kind: str) -> Iterator[tuple[str, str]]:
     yield path, os.path.relpath(path, os.path.expanduser(root) or '.')
 
 
-def _text(pattern: str, key: str):
+def _text(pattern: str, keys: tuple[str, ...]):
   for path, name in _files(pattern, 'text'):
     try:
       yield name, pathlib.Path(path).read_bytes().decode()
@@ -70,14 +84,14 @@ def _text(pattern: str, key: str):
       raise UsageError(f'{path}: is not UTF-8 (byte {e.start}); convert it, or narrow the glob') from e
 
 
-def _field(record, key: str, where: str) -> str:
-  text = record.get(key) if isinstance(record, dict) else None
-  if isinstance(text, bytes):
-    text = text.decode()
-  if not isinstance(text, str):
-    known = ', '.join(record) if isinstance(record, dict) else type(record).__name__
-    raise UsageError(f'{where}: no text in field {key!r} (there is {known}); set --config.data.key')
-  return text
+def _fields(record, keys: tuple[str, ...], where: str) -> list[str]:
+  texts = [record.get(key) if isinstance(record, dict) else None for key in keys]
+  texts = [t.decode() if isinstance(t, bytes) else t for t in texts]
+  for key, text, name in zip(keys, texts, ('key', 'target')):
+    if not isinstance(text, str):
+      known = ', '.join(record) if isinstance(record, dict) else type(record).__name__
+      raise UsageError(f'{where}: no text in field {key!r} (there is {known}); set --config.data.{name}')
+  return texts
 
 
 def _json(line, where: str):
@@ -87,24 +101,24 @@ def _json(line, where: str):
     raise UsageError(f'{where}: is not JSON ({e})') from e
 
 
-def _jsonl(pattern: str, key: str):
+def _jsonl(pattern: str, keys: tuple[str, ...]):
   for path, name in _files(pattern, 'jsonl'):
     with open(path, 'rb') as f:
       for number, line in enumerate(f, 1):
         if line.strip():
-          yield f'{name}:{number}', _field(_json(line, f'{path}:{number}'), key, f'{path}:{number}')
+          yield f'{name}:{number}', *_fields(_json(line, f'{path}:{number}'), keys, f'{path}:{number}')
 
 
-def _arrayrecord(pattern: str, key: str):
+def _arrayrecord(pattern: str, keys: tuple[str, ...]):
   from grain.sources import ArrayRecordDataSource  # pylint: disable=g-import-not-at-top
   for path, name in _files(pattern, 'arrayrecord'):
     records = ArrayRecordDataSource(path)
     for start in range(0, len(records), 512):  # 8 × faster than one at a time
       for number, record in enumerate(records.__getitems__(range(start, min(start + 512, len(records)))), start):
-        yield f'{name}:{number}', _field(_json(record, f'{path}:{number}'), key, f'{path}:{number}')
+        yield f'{name}:{number}', *_fields(_json(record, f'{path}:{number}'), keys, f'{path}:{number}')
 
 
-def _tfds(rest: str, key: str):
+def _tfds(rest: str, keys: tuple[str, ...]):
   """A prepared TFDS dataset (any folder on TFDS_DATA_DIR or ~/tensorflow_datasets): never a download."""
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
   dataset, _, split = rest.rpartition('/')
@@ -117,7 +131,7 @@ def _tfds(rest: str, key: str):
     reason = str(e).strip().splitlines()[0]
     raise UsageError(f'data source tfds:{rest}: {reason}') from e
   for number, record in enumerate(records):
-    yield f'{rest}:{number}', _field(record, key, f'tfds:{rest}[{number}]')
+    yield f'{rest}:{number}', *_fields(record, keys, f'tfds:{rest}[{number}]')
 
 
 def _tfds_folder(dataset: str) -> pathlib.Path:

@@ -1,0 +1,61 @@
+"""Answers: what they are scored by, and that a model learns to give them."""
+import json
+import math
+
+import numpy as np
+import pytest
+import sacrebleu
+
+from jaxlm import answers, config as configs, train
+from jaxlm import lm as lms
+from jaxlm.errors import UsageError
+from tests import common
+
+DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+
+
+@pytest.fixture(scope='module', params=['transformer', 'llama'])
+def trained(request, tmp_path_factory):
+  """A model that was taught to spell digits, on 200 pairs, and the file of them."""
+  folder = tmp_path_factory.mktemp(request.param)
+  rng = np.random.default_rng(0)
+  numbers = rng.integers(0, 10, (200, 2))
+  lines = [json.dumps({'q': ''.join(map(str, n)), 'a': ' '.join(DIGITS[i] for i in n)}) for n in numbers]
+  (folder / 'pairs.jsonl').write_text('\n'.join(lines))
+  changes = {f'model.{k}': v for k, v in common.MODELS[request.param].items()}
+  source = {'objective.source': 8} if request.param == 'transformer' else {}
+  config = configs.from_flat({
+      **changes, **source, 'model.norm_place': 'pre', 'objective.name': 'answer', 'data.source': f'jsonl:{folder}/pairs.jsonl',
+      'data.key': 'q', 'data.target': 'a', 'data.tokenizer': 'bytes', 'data.heldout': 0.1, 'steps': 400, 'batch': 16, 'length': 32,
+      'loss.chunks': 4, 'optimizer.lr': 5e-3, 'optimizer.warmup': 20, 'log_every': 50, 'mesh.fsdp': 1})
+  return folder, config
+
+
+def test_a_model_learns_to_answer_and_says_how_well(trained, monkeypatch):
+  folder, config = trained
+  import jax
+  devices = jax.devices()
+  monkeypatch.setattr(jax, 'devices', lambda *a: devices[:1])
+  train.train(config, folder / 'run')
+  lm = lms.load(folder / 'run')
+  result, each = answers.evaluate_answers(lm, 'heldout', ['exact', 'bleu', 'chrf', 'rouge', 'f1'])
+  assert result['questions'] == len(each) >= 10 and result['exact'] > 0.9, (result, each[:3])
+  assert result['exact'] == np.mean([a['said'] == a['right'] for a in each])
+  assert result['bleu'] == sacrebleu.corpus_bleu([a['said'] for a in each], [[a['right'] for a in each]]).score
+  assert 'version:' in result['bleu_signature'] and result['rougeL'] > 0.9
+  beams, _ = answers.evaluate_answers(lm, 'heldout', ['exact'], num_beams=3, limit=5)
+  assert beams['questions'] == 5 and beams['exact'] > 0.7
+  by_hand = answers.loss(lm, [(a['name'], a['question'], a['right']) for a in each], batch=3)
+  np.testing.assert_allclose(by_hand['nll_per_token'], result['nll_per_token'], rtol=1e-5)
+  assert result['tokens'] == sum(len(a['right']) + 1 for a in each) and result['nll_per_token'] < 0.1
+  with pytest.raises(UsageError, match='--metrics=meteor: wants some of exact'):
+    answers.evaluate_answers(lm, 'heldout', ['meteor'])
+
+
+def test_metrics_of_known_answers():
+  said, right = ['spam', 'ham ', 'ham', 'eggs'], ['spam', 'ham', 'spam', 'ham']
+  assert answers.METRICS['exact'](said, right) == {'exact': 0.5}
+  # spam: precision 1, recall 1/2; ham: precision 1/2, recall 1/2; labels that are never right are not counted
+  assert math.isclose(answers.METRICS['f1'](said, right)['f1'], (2 / 3 + 1 / 2) / 2)
+  rouge = answers.METRICS['rouge'](['the cat sat'], ['the cat sat down'])
+  assert math.isclose(rouge['rouge1'], 2 * 1 * 0.75 / 1.75) and math.isclose(rouge['rouge2'], 2 * 1 * (2 / 3) / (5 / 3))
