@@ -61,6 +61,8 @@ class Harness(TemplateLM):
 
   def __init__(self, lm, context: int | None = None, batch: int = 16):
     super().__init__()
+    if lm.config.model.kind == 'ngram':
+      raise UsageError('--tasks: model.kind=ngram answers no tasks; leave --tasks out to score a text')
     self.lm, self.max_length = lm, lm.config.length if context is None else context
     reach = lm.config.model.P or self.max_length  # learned positions end
     if not 1 <= self.max_length <= reach:

@@ -10,8 +10,9 @@ from jaxlm import checkpoint, generate, layout
 from jaxlm.schema import Config, MeshConfig
 from jaxlm.data import pipeline
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UsageError
 from jaxlm.metrics import say
-from jaxlm.models import cache, kinds
+from jaxlm.models import cache, kinds, ngram
 from jaxlm.sampling import Sampling
 
 
@@ -20,7 +21,7 @@ _logits = jax.jit(kinds.logits, static_argnums=0)
 
 @dataclasses.dataclass(frozen=True)
 class LM:
-  """Parameters on a mesh, with the tokenizer and config they were trained with."""
+  """Parameters on a mesh (of kind ngram: in numpy), with the tokenizer and config they were trained with."""
   config: Config
   tokenizer: Tokenizer
   params: dict
@@ -30,12 +31,32 @@ class LM:
   def logits(self, tokens_BL) -> np.ndarray:
     """float32 numpy logits [B, L, V] of token ids [B, L] (int; each row one document's beginning)."""
     tokens_BL = np.asarray(tokens_BL, np.int32)
+    if self.config.model.kind == 'ngram':
+      return self._log_probabilities(tokens_BL)
     rows = len(tokens_BL)
     padded_BL = np.pad(tokens_BL, ((0, -rows % self.rows_multiple), (0, 0)))
     with jax.set_mesh(self.mesh):
       batch = pipeline.place(lambda low, high: _one_document(padded_BL[low:high]), len(padded_BL), self.mesh)
       out_BLV = _logits(self.config.model, self.params, batch)
     return np.asarray(jax.device_get(out_BLV), np.float32)[:rows]
+
+  def _log_probabilities(self, tokens_BL) -> np.ndarray:
+    out_BLV = np.full((*tokens_BL.shape, self.config.model.V), -np.inf, np.float32)
+    for out_LV, ids in zip(out_BLV, map(self.symbols, tokens_BL)):
+      for at in range(len(ids)):
+        out_LV[at, :self.counted.V] = np.log(self.counted.distribution(ids[:at + 1]))
+    return out_BLV
+
+  @functools.cached_property
+  def counted(self) -> ngram.NGram:
+    """The n-gram that the parameters of kind ngram are."""
+    m = self.config.model
+    return ngram.NGram(m.vocab or m.V, [self.params[f'level_{k}'] for k in range(1, m.ngram.order + 1)])
+
+  def symbols(self, ids) -> np.ndarray:
+    """Token ids as `counted` takes them: what opens a document is START."""
+    ids = np.asarray(ids, np.int64)
+    return np.where((ids == self.tokenizer.boundary) | (ids == self.tokenizer.opening), self.counted.V, ids)
 
   def generate(self, prompts: list[str], max_length: int = 100, temperature: float = 0.7, seed: int = 0, stop=(),
                stream=None, **sampling) -> list[str]:
@@ -76,6 +97,11 @@ def load(workdir, step: int | None = None, mesh: MeshConfig | None = None) -> LM
   made = {}
 
   def abstract(config: Config):
+    if config.model.kind == 'ngram':
+      if mesh:
+        raise UsageError(f'--mesh={mesh.data},{mesh.fsdp},{mesh.tensor}: an n-gram is on no device; leave it out')
+      made['mesh'] = layout.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])  # for sampling alone
+      return None, made['mesh']
     config = dataclasses.replace(config, mesh=mesh or config.mesh, batch=2 ** 20)  # rows are padded to the mesh here
     made['mesh'] = layout.run_mesh(config)
     with jax.sharding.use_abstract_mesh(made['mesh'].abstract_mesh):
