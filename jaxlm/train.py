@@ -38,7 +38,7 @@ def _prepare_workdir(workdir: pathlib.Path) -> None:
 
 
 def train(config: Config, workdir: pathlib.Path) -> None:
-  """Trains to config.steps, or counts (model.kind=ngram). Raises Preempted (saved), UsageError, CheckpointError, StorageError."""
+  """Trains to config.steps; counts, if model.kind=ngram. Raises Preempted (saved), UsageError, CheckpointError, StorageError."""
   timer = metrics.Timer()
   with Signals() as signals:
     _prepare_workdir(workdir)

@@ -65,8 +65,8 @@ def validate(c: Config) -> None:
 
 
 # Which objectives a kind of model can have.
-OBJECTIVES = {'decoder': ('causal',), 'rnn': ('causal',), 'ngram': ('causal',), 'encoder': ('mask', 'pairs'), 'seq2seq': ('next', 'prefix', 'spans'),
-              'rnn_seq2seq': ('next', 'prefix')}
+OBJECTIVES = {'decoder': ('causal',), 'rnn': ('causal',), 'ngram': ('causal',), 'encoder': ('mask', 'pairs'),
+              'seq2seq': ('next', 'prefix', 'spans'), 'rnn_seq2seq': ('next', 'prefix')}
 
 
 def _objective(c: Config, need) -> None:

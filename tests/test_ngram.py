@@ -4,7 +4,6 @@ import collections
 import fractions
 import json
 import math
-import os
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import checkpoint, config as configs, count, generate, scoring, train
+from jaxlm import config as configs, generate, scoring, train
 from jaxlm.data import packing
 from jaxlm.errors import CheckpointError, UsageError
 from jaxlm.models import ngram
@@ -59,9 +58,10 @@ class Slow:
     if following is None:
       return lower
     total = sum(following.values())
-    gamma = sum(self.discount(k, c) for c in following.values()) / total
-    c = following.get(symbol, 0)
-    return (c - self.discount(k, c)) / total + gamma * lower
+    taken = {w: self.discount(k, c) for w, c in following.items()}
+    if not any(taken.values()):
+      taken = dict.fromkeys(following, 0.5)
+    return (following.get(symbol, 0) - taken.get(symbol, 0.)) / total + sum(taken.values()) / total * lower
 
   def of(self, text):
     """p of each symbol of a document."""
@@ -106,7 +106,20 @@ def test_tokens_equal_the_definition_and_sum_to_one(order, tmp_path):
     for history in ([V], [V, *text], [V, *text[:2]]):
       p = fast.distribution(np.array(history))
       np.testing.assert_allclose(p.sum(), 1, rtol=1e-9)
-      np.testing.assert_allclose(p[[0, 5, 999]], [fast.probabilities(np.array([*history, w]))[-1] for w in (0, 5, 999)], rtol=1e-9)
+      asked = [fast.probabilities(np.array([*history, w]))[-1] for w in (0, 5, 999)]
+      np.testing.assert_allclose(p[[0, 5, 999]], asked, rtol=1e-9)
+
+
+def test_nothing_is_impossible(tmp_path):
+  """After 0 only counts whose D is 0, in all levels: Chen & Goodman's estimates alone would leave nothing for others."""
+  documents = [[0, 1] * 5 + [2, 3] * 5] * 6
+  for order in (1, 2, 4):
+    model, slow = made(order, 9, documents, tmp_path), Slow(order, 9, documents)
+    for history in ([9, 0], [9, 0, 1, 2], [9]):
+      p = model.distribution(np.array(history))
+      np.testing.assert_allclose(p.sum(), 1, rtol=1e-12)
+      assert (p > 0).all()
+    np.testing.assert_allclose(model.probabilities(np.array([9, 0, 1, 8, 2, 3])), slow.of([0, 1, 8, 2, 3]), rtol=1e-12)
 
 
 def test_the_largest_vocabulary_and_order(tmp_path):
@@ -119,7 +132,7 @@ def test_the_largest_vocabulary_and_order(tmp_path):
   np.testing.assert_allclose(fast.distribution(np.array([V, *text[:6]])).sum(), 1, rtol=1e-9)
 
 
-@pytest.mark.parametrize('batch, held', [(1, 10), (7, 100), (64, 300), (1000, 10 ** 6), (10 ** 6, 10)])
+@pytest.mark.parametrize('batch, held', [(7, 100), (64, 300), (1000, 10 ** 6), (10 ** 6, 10)])
 @pytest.mark.parametrize('order', [2, 5])
 def test_counts_the_same_in_any_batches_and_on_disk(order, batch, held, tmp_path, monkeypatch):
   spilled = []
@@ -256,27 +269,29 @@ def test_generated_frequencies_are_the_probabilities_and_filters_hold(trained):
   draw = lambda **how: np.bincount(np.concatenate(generate.sample(
       lm, [ids] * N, 1, Sampling(**{'temperature': 1., **how}), 7, lambda b, row: False)), minlength=257)
   drawn, usual = draw(), N * p >= 5
-  chi = ((drawn - N * p)[usual] ** 2 / (N * p)[usual]).sum() + (drawn[~usual].sum() - N * p[~usual].sum()) ** 2 / (N * p[~usual].sum())
+  found, expected = (np.append(a[usual], a[~usual].sum()) for a in (drawn, N * p))
+  chi = ((found - expected) ** 2 / expected).sum()
   degrees = usual.sum()
   assert degrees >= 5 and chi < degrees + 4 * math.sqrt(2 * degrees)
   best = np.argsort(-p)
-  assert set(np.flatnonzero(draw(top_k=3))) == set(best[:3])
-  kept = best[:1 + int(np.argmax(np.cumsum(p[best]) >= 0.5))]
-  assert set(np.flatnonzero(draw(top_p=0.5))) == set(kept)
+  least = lambda n: set(np.flatnonzero(p > p[best[n - 1]] * (1 - 1e-6)))  # ties stay
+  assert set(np.flatnonzero(draw(top_k=3))) == least(3)
+  assert set(np.flatnonzero(draw(top_p=0.5))) == least(1 + int(np.argmax(np.cumsum(p[best]) >= 0.5)))
   assert set(np.flatnonzero(draw(temperature=0))) == {best[0]}
 
 
 def test_generates_greedily_repeatably_and_by_beams(trained):
   lm = jaxlm.load(trained)
-  text = lm.generate(['doc'], 12, temperature=0)[0]
-  ids = lm.tokenizer.prompt('doc')
-  for _ in range(12):
-    ids.append(int(np.argmax(lm.logits([ids])[0, -1])))
-  assert text == lm.tokenizer.decode(ids[1:])[3:] and text.startswith('ument ')
+  for penalty, said in ((1., 'ument'), (30., 'umen')):
+    text, ids = lm.generate(['doc'], 12, temperature=0, repetition_penalty=penalty)[0], lm.tokenizer.prompt('doc')
+    for _ in range(12):
+      logits_V = lm.logits([ids])[0, -1]
+      logits_V[list(set(ids))] *= penalty
+      ids.append(int(np.argmax(logits_V)))
+    assert text == lm.tokenizer.decode(ids[1:])[3:] and text.startswith(said)
   both = lm.generate(['doc', 'x'], 30, seed=5)
   assert both == [lm.generate(['doc'], 30, seed=5)[0], lm.generate(['x'], 30, seed=6)[0]]
   assert both != lm.generate(['doc', 'x'], 30, seed=9)
-  assert lm.generate(['doc'], 12, temperature=0, num_beams=1, repetition_penalty=5.)[0] != text
   score = lambda new: lm.counted.nats(lm.symbols(lm.tokenizer.prompt('x ' + new))) / len(new)
   beam = lm.generate(['x '], 8, num_beams=6, stop=())[0]
   assert len(beam) == 8 and score(beam) <= score(lm.generate(['x '], 8, temperature=0)[0]) + 1e-6
@@ -293,17 +308,10 @@ def test_again_it_is_done_and_another_order_is_refused(texts, trained, capsys):
     train.train(make_config(texts, **{'model.ngram.order': 4}), trained)
 
 
-def test_after_a_kill_it_starts_anew_and_a_damaged_checkpoint_is_kept(texts, trained, tmp_path, monkeypatch):
-  def killed(*args):
-    (tmp_path / 'counting' / 'before-1').write_bytes(b'x' * 99)
-    os.kill(os.getpid(), 9)
-  with monkeypatch.context() as patch:
-    patch.setattr(count.ngram, 'count', killed)
-    child = os.fork()
-    if not child:
-      train.train(make_config(texts), tmp_path)
-    assert os.waitpid(child, 0)[1] == 9
-  assert (tmp_path / 'counting' / 'before-1').exists() and not checkpoint.steps(tmp_path)
+def test_what_a_kill_left_is_removed_and_a_damaged_checkpoint_is_kept(texts, trained, tmp_path):
+  (tmp_path / 'counting').mkdir()
+  for name in ('before-1', 'before-2', 'run-0.keys', 'run-0.counts'):
+    (tmp_path / 'counting' / name).write_bytes(b'x' * 10 ** 6)
   train.train(make_config(texts), tmp_path)
   common.assert_trees_equal(jaxlm.load(tmp_path).params, jaxlm.load(trained).params)
   assert not (tmp_path / 'counting').exists()
@@ -342,8 +350,8 @@ def _run(words, code):
   return out.stdout if code == 0 else out.stderr
 
 
-@pytest.mark.parametrize('key, value', [('model.ngram.order', 8), ('model.ngram.order', 0), ('model.V', 2 ** 20 + 1), ('steps', 2),
-                                        ('objective.name', 'mask')])
+@pytest.mark.parametrize('key, value', [('model.ngram.order', 8), ('model.ngram.order', 0), ('model.V', 2 ** 20 + 1),
+                                        ('steps', 2), ('objective.name', 'mask')])
 def test_what_it_cannot_be_is_refused(texts, key, value):
   with pytest.raises(UsageError, match=f'^{key}={value!r}: '):
     make_config(texts, **{key: value})

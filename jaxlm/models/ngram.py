@@ -2,7 +2,8 @@
 
 p(w|h) = max(c(hw) − D(c(hw)), 0) / c(h·) + γ(h) · p(w|h′), h′ without its first symbol; the highest order counts
 occurrences, lower ones the different symbols seen to the left; below the unigram is the uniform 1/V. START stands to
-the left of a document, as often as asked for; it is never predicted.
+the left of a document, as often as asked for; it is never predicted. In a small text the estimates of D can be 0 for all
+that was seen after an h, and γ(h) with them: there D is HALF, so that nothing has probability 0.
 
 The grams are a trie in sorted arrays. Those of k symbols, level k, are keys: (index at level k − 1 of the first k − 1
 symbols) · (V + 1) + the last symbol, int64, which any order and vocabulary fit; START is the symbol V. Contexts of STARTs
@@ -25,6 +26,7 @@ import numpy as np
 BATCH = 2 ** 21  # symbols that a thread works on at a time: some 130 MB
 HELD = 2 ** 23   # pairs of key and count in memory, 16 bytes each, before a run goes to disk; a merge needs 4 times that
 THREADS = 8      # at most: each has its batch
+HALF = 0.5
 
 
 def find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -207,15 +209,19 @@ class NGram:
   def __init__(self, V: int, levels: list[dict[str, np.ndarray]]):
     self.V, self.order, self._base = V, len(levels), V + 1
     self._levels, self._starts, contexts = levels, [0], 1
-    self._discounts, self._totals, self._gammas = [], [], []  # by level; totals and γ by context, an index a level lower
+    self._discounts, self._totals, self._gammas, self._halves = [], [], [], []  # by level; all but D by context, which is
+    # an index a level lower; halves: whether D is HALF there
     for k, level in enumerate(levels, 1):
       keys, counts = level['keys'], level['counts']
       discounts = _discounts(counts)
       context = keys // self._base
       totals = np.bincount(context, counts, contexts)
-      self._gammas.append(np.bincount(context, discounts[np.minimum(counts, 3)], contexts) / np.maximum(totals, 1))
-      self._discounts.append(discounts)
-      self._totals.append(totals)
+      taken = np.bincount(context, discounts[np.minimum(counts, 3)], contexts)
+      halves = (taken == 0) & (totals > 0)
+      taken[halves] = HALF * np.bincount(context, counts > 0, contexts)[halves]
+      for to, values in ((self._discounts, discounts), (self._totals, totals), (self._gammas, taken / np.maximum(totals, 1)),
+                         (self._halves, halves)):
+        to.append(values)
       if k < self.order:
         self._starts.append(int(find(keys, np.array([self._starts[-1] * self._base + V]))[0]))
       contexts = len(keys)
@@ -239,7 +245,7 @@ class NGram:
       context, gram = before[k - 1][1:-1], before[k][2:]
       total = np.where(context < 0, 0, self._totals[k - 1][context])
       counts = np.where(gram < 0, 0, level['counts'][gram])
-      higher = (counts - self._discounts[k - 1][np.minimum(counts, 3)]) / np.maximum(total, 1)
+      higher = self._discounted(k, counts, context) / np.maximum(total, 1)
       p = np.where(total > 0, higher + self._gammas[k - 1][context] * p, p)
     return p
 
@@ -252,9 +258,13 @@ class NGram:
         low, high = np.searchsorted(level['keys'], np.array([context * self._base, context * self._base + self.V]))
         counts = level['counts'][low:high]
         p *= self._gammas[k - 1][context]
-        p[level['keys'][low:high] - context * self._base] += (
-            counts - self._discounts[k - 1][np.minimum(counts, 3)]) / total
+        p[level['keys'][low:high] - context * self._base] += self._discounted(k, counts, context) / total
     return p
+
+  def _discounted(self, k: int, counts: np.ndarray, context) -> np.ndarray:
+    """Counts less D, of grams of level k."""
+    discounts = self._discounts[k - 1][np.minimum(counts, 3)]
+    return counts - np.where(self._halves[k - 1][context] & (counts > 0), HALF, discounts)
 
   def nats(self, symbols: np.ndarray, piece: int = BATCH) -> float:
     """−ln p of all symbols but the first; memory is that of a piece of them."""
