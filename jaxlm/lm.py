@@ -99,7 +99,7 @@ def load(workdir, step: int | None = None, mesh: MeshConfig | None = None) -> LM
   def abstract(config: Config):
     if config.model.kind == 'ngram':
       if mesh:
-        raise UsageError(f'--mesh={mesh.data},{mesh.fsdp},{mesh.tensor}: an n-gram is on no device; leave it out')
+        raise UsageError(f'--mesh={mesh.data},{mesh.fsdp},{mesh.tensor}: an n-gram is on the host; leave it out')
       made['mesh'] = layout.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])  # for sampling alone
       return None, made['mesh']
     config = dataclasses.replace(config, mesh=mesh or config.mesh, batch=2 ** 20)  # rows are padded to the mesh here

@@ -141,7 +141,10 @@ def test_counts_the_same_in_any_batches_and_on_disk(order, batch, held, tmp_path
   symbols, ticks = joined(1000, token_texts()), []
   whole = ngram.count(symbols, order, 1000, tmp_path, batch=10 ** 6, held=10 ** 7)
   assert not any(spilled)
+  merge, sizes = ngram._merge, []
+  monkeypatch.setattr(ngram, '_merge', lambda runs: (sizes.append(sum(len(keys) for keys, _ in runs)), merge(runs))[1])
   pieces = ngram.count(symbols, order, 1000, tmp_path, ticks.append, batch=batch, held=held)
+  assert max(sizes) <= held + max(batch, *spilled)  # what is in memory at once
   common.assert_trees_equal(pieces, whole)
   assert any(spilled) == (held < 1000) and sum(ticks) == order * len(symbols)
   assert not list(tmp_path.iterdir())
@@ -340,7 +343,7 @@ def test_over_tokens_from_the_command_line(texts, tmp_path):
   assert result['bits_per_byte'] < result['gzip_bits_per_byte'] and result['tokens'] == sum(len(d) - 2 for d in documents)
   made_text = [run('generate', f'--workdir={tmp_path}', '--prompt=document', '--max_length=9', '--seed=3') for _ in range(2)]
   assert made_text[0] == made_text[1] and made_text[0].startswith('document') and len(made_text[0]) > 12
-  for extra, says in (('--mesh=1,1,1', 'on no device'), ('--step=2', '--step=2')):
+  for extra, says in (('--mesh=1,1,1', 'on the host'), ('--step=2', '--step=2')):
     assert says in run('eval', f'--workdir={tmp_path}', extra, code=2)
 
 
