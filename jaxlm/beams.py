@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import layout, sampling
-from jaxlm.decoding import Rows
+from jaxlm import decoding, layout, sampling
 from jaxlm.sampling import Sampling
 
 NEVER = -1e9
@@ -37,7 +36,7 @@ def search(lm, prompts: list[list[int]], max_length: int, s: Sampling, stop_ids:
   scores_PW[:, 0] = 0
   hopeful = np.ones(P, bool)
   with jax.set_mesh(lm.mesh):
-    rows = Rows(lm, [ids for ids in prompts for _ in range(W)], max_length)
+    rows = decoding.make(lm, [ids for ids in prompts for _ in range(W)], max_length)
     seen_BV = rows.seen() if s.repetition_penalty != 1 else np.zeros((rows.size, 1), bool)
     logits_BV = rows.start()
     for length in range(1, max_length + 1):

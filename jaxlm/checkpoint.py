@@ -92,7 +92,10 @@ class Checkpoints:
     return self._manager.restore(step, args=self._ocp.args.Composite(run=self._ocp.args.JsonRestore()))['run']
 
   def read_state(self, step: int, abstract):
-    """The state of `step` on the shardings of `abstract` (see layout.named); entries it does not have are not read."""
+    """The state of `step` on the shardings of `abstract` (see layout.named); entries it does not have are not read. None:
+    all of it as it was saved, numpy arrays as such."""
+    if abstract is None:
+      return self._manager.restore(step, args=self._ocp.args.Composite(state=self._ocp.args.PyTreeRestore()))['state']
     restore = self._ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True, restore_args=self._ocp.checkpoint_utils.construct_restore_args(abstract))
     return self._manager.restore(step, args=self._ocp.args.Composite(state=restore))['state']
@@ -135,7 +138,8 @@ def resume(checkpoints: Checkpoints, config: Config, cache, abstract, mesh, fres
   """(step, state) of the newest good checkpoint of this run, or None to start anew.
 
   An imported checkpoint has parameters only: the optimizer's state is fresh_opt(params), and the model alone must be the
-  same. UsageError naming the first field in which the checkpoint is of another run, or if its data is other data.
+  same. abstract may be None (see read_state). UsageError naming the first field in which the checkpoint is of another run,
+  or if its data is other data.
   """
   def read(step):
     meta = checkpoints.read_meta(step)
@@ -149,15 +153,15 @@ def resume(checkpoints: Checkpoints, config: Config, cache, abstract, mesh, fres
       raise UsageError(f'checkpoint {step} was trained on other tokens than the data cache holds '
                        f'(hash {meta["data_hash"][:12]}, now {cache.hash[:12]}); bring its cache back, or use another '
                        '--workdir')
-    return checkpoints.read_state(step, layout.named(abstract, mesh))
+    return checkpoints.read_state(step, None if abstract is None else layout.named(abstract, mesh))
   return checkpoints.newest(read, say)
 
 
 def load(workdir: pathlib.Path, abstract_params, step: int | None = None, say=print):
   """(step, config, tokenizer json, params on the current mesh) of a finished or running job.
 
-  abstract_params(config) → abstract params under the mesh, and the mesh. Raises UsageError if there is no checkpoint
-  or not this step; CheckpointError if none is good.
+  abstract_params(config) → abstract params under the mesh (None: see read_state), and the mesh. Raises UsageError if there
+  is no checkpoint or not this step; CheckpointError if none is good.
   """
   if not steps(workdir):
     raise UsageError(f'--workdir={workdir}: has no checkpoints; train there first')
@@ -171,7 +175,8 @@ def load(workdir: pathlib.Path, abstract_params, step: int | None = None, say=pr
     meta = checkpoints.read_meta(step)
     config = configs.from_json(json.dumps(meta['config']))
     abstract, mesh = abstract_params(config)
-    params = checkpoints.read_state(step, {'params': layout.named(abstract, mesh)})['params']
+    wanted = None if abstract is None else {'params': layout.named(abstract, mesh)}
+    params = checkpoints.read_state(step, wanted)['params']
     return config, meta['tokenizer'], params
   step, (config, tokenizer, params) = checkpoints.newest(read, say)
   checkpoints.close()

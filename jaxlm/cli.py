@@ -113,7 +113,8 @@ def _parse(command: str, argv: list[str]):
 
 def _train(f, overrides):
   config = configs.load(f.config, overrides)
-  restart_with_kept_memory(approximate_params(config.model))
+  if config.model.kind != 'ngram':  # which runs no XLA, and gives its memory back level by level
+    restart_with_kept_memory(approximate_params(config.model))
   with Signals():  # so that a signal while jax is imported is no traceback either
     from jaxlm import train  # pylint: disable=g-import-not-at-top  # jax is imported once the config is good
     train.train(config, pathlib.Path(f.workdir))

@@ -65,10 +65,50 @@ class Rows:
 
   def seen(self) -> np.ndarray:
     """bool [B, V]: the row's prompt has the token."""
-    seen_BV = np.zeros((self.size, self.cfg.V), bool)
-    for b, ids in enumerate(self._prompts):
-      seen_BV[b, list(ids)] = True
-    return seen_BV
+    return _seen(self._prompts, self.size, self.cfg.V)
+
+
+class CountedRows:
+  """Rows of an n-gram: logits are log-probabilities, and the cache is the last order − 1 tokens."""
+
+  def __init__(self, lm, prompts: Sequence[Sequence[int]]):
+    self.cfg, self.size, self._model = lm.config.model, len(prompts), lm.counted
+    self._prompts, self._kept = prompts, max(1, self._model.order - 1)
+    self._histories = [lm.symbols(ids) for ids in prompts]
+
+  def start(self):
+    """logits_BV after the prompts."""
+    logits_BV = np.full((self.size, self.cfg.V), -np.inf, np.float32)
+    for b, history in enumerate(self._histories):
+      self._histories[b] = history[-self._kept:]
+      logits_BV[b, :self._model.V] = np.log(self._model.distribution(self._histories[b]))
+    return jax.device_put(logits_BV, layout.spec('BL'))
+
+  def extend(self, tokens_B):
+    """logits_BV after one more token a row, int32 [B] on the device."""
+    for b, token in enumerate(jax.device_get(tokens_B)):
+      self._histories[b] = np.append(self._histories[b], token)
+    return self.start()
+
+  def reorder(self, rows_B: np.ndarray) -> None:
+    """Row b goes on from what row rows_B[b] was."""
+    self._histories = [self._histories[b] for b in rows_B]
+
+  def seen(self) -> np.ndarray:
+    """bool [B, V]: the row's prompt has the token."""
+    return _seen(self._prompts, self.size, self.cfg.V)
+
+
+def make(lm, prompts: Sequence[Sequence[int]], new: int) -> Rows | CountedRows:
+  """The rows of prompts that go on for up to `new` tokens, as the kind of model wants them."""
+  return CountedRows(lm, prompts) if lm.config.model.kind == 'ngram' else Rows(lm, prompts, new)
+
+
+def _seen(prompts: Sequence[Sequence[int]], size: int, V: int) -> np.ndarray:
+  seen_BV = np.zeros((size, V), bool)
+  for b, ids in enumerate(prompts):
+    seen_BV[b, list(ids)] = True
+  return seen_BV
 
 
 def _aligned(rows: Sequence[Sequence[int]], size: int, length: int, right: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxlm import scoring
 from jaxlm.data import examples, pipeline, sources
 from jaxlm.errors import UsageError
-from jaxlm.models.ngram import NGram
+from jaxlm.models import ngram
 from jaxlm.schema import Config
 
 
@@ -67,10 +67,10 @@ def baselines(documents: list[tuple[str, str]], config: Config) -> dict[str, flo
   the run's training documents."""
   texts = [text.encode() for _, text in documents]
   whole = b''.join(texts)
-  model = NGram(5, (text.encode() for _, text in sources.documents(config.data.source, config.data, 'train')))
+  model = ngram.of_bytes(5, (text.encode() for _, text in sources.documents(config.data.source, config.data, 'train')))
   return {'gzip_bits_per_byte': len(gzip.compress(whole, 9)) * 8 / len(whole),
           'xz_bits_per_byte': len(lzma.compress(whole, preset=9)) * 8 / len(whole),
-          'fivegram_bits_per_byte': sum(model.bits(text) for text in texts) / len(whole)}
+          'fivegram_bits_per_byte': sum(model.bits(ngram.as_symbols(text)) for text in texts) / len(whole)}
 
 
 def resolve(source: str, config: Config) -> tuple[str, str]:

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import beams, layout, sampling
-from jaxlm.decoding import Rows
+from jaxlm import beams, decoding, layout, sampling
 from jaxlm.errors import UsageError
 from jaxlm.sampling import Sampling
 
@@ -32,7 +31,7 @@ def sample(lm, prompts: Sequence[Sequence[int]], max_length: int, s: Sampling, s
   """
   out, open_rows = [[] for _ in prompts], set(range(len(prompts)))
   with jax.set_mesh(lm.mesh):
-    rows = Rows(lm, prompts, max_length)
+    rows = decoding.make(lm, prompts, max_length)
     replicated = lambda a: jax.device_put(a, layout.spec('B') + (None,) * (a.ndim - 1))
     seed_B = replicated(np.arange(seed, seed + rows.size, dtype=np.uint32))
     seen_BV = replicated(rows.seen() if s.repetition_penalty != 1 else np.zeros((rows.size, 1), bool))

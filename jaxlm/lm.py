@@ -12,7 +12,7 @@ from jaxlm.data import pipeline
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.metrics import say
-from jaxlm.models import cache, kinds
+from jaxlm.models import cache, kinds, ngram
 from jaxlm.sampling import Sampling
 
 
@@ -21,7 +21,7 @@ _logits = jax.jit(kinds.logits, static_argnums=0)
 
 @dataclasses.dataclass(frozen=True)
 class LM:
-  """Parameters on a mesh, with the tokenizer and config they were trained with."""
+  """Parameters on a mesh (of kind ngram: in numpy), with the tokenizer and config they were trained with."""
   config: Config
   tokenizer: Tokenizer
   params: dict
@@ -33,6 +33,8 @@ class LM:
     encoder beside the decoder reads. UsageError if they are missing, or there is none."""
     if (inputs_BM is None) == (self.config.objective.source > 0):
       raise UsageError(f'logits: model.kind={self.config.model.kind} wants {"" if inputs_BM is None else "no "}inputs')
+    if self.config.model.kind == 'ngram':
+      return self._log_probabilities(np.asarray(tokens_BL, np.int32))
     arrays = _one_document(np.asarray(tokens_BL, np.int32))
     if inputs_BM is not None:
       source = _one_document(np.asarray(inputs_BM, np.int32))
@@ -43,6 +45,24 @@ class LM:
       batch = pipeline.place(lambda low, high: {k: a[low:high] for k, a in padded.items()}, len(padded['tokens']), self.mesh)
       out_BLV = _logits(self.config.model, self.params, batch)
     return np.asarray(jax.device_get(out_BLV), np.float32)[:rows]
+
+  def _log_probabilities(self, tokens_BL) -> np.ndarray:
+    out_BLV = np.full((*tokens_BL.shape, self.config.model.V), -np.inf, np.float32)
+    for out_LV, ids in zip(out_BLV, map(self.symbols, tokens_BL)):
+      for at in range(len(ids)):
+        out_LV[at, :self.counted.V] = np.log(self.counted.distribution(ids[:at + 1]))
+    return out_BLV
+
+  @functools.cached_property
+  def counted(self) -> ngram.NGram:
+    """The n-gram that the parameters of kind ngram are."""
+    m = self.config.model
+    return ngram.NGram(m.vocab or m.V, [self.params[f'level_{k}'] for k in range(1, m.ngram.order + 1)])
+
+  def symbols(self, ids) -> np.ndarray:
+    """Token ids as `counted` takes them: what opens a document is START."""
+    ids = np.asarray(ids, np.int64)
+    return np.where((ids == self.tokenizer.boundary) | (ids == self.tokenizer.opening), self.counted.V, ids)
 
   def generate(self, prompts: list[str], max_length: int = 100, temperature: float = 0.7, seed: int = 0, stop=(),
                stream=None, **sampling) -> list[str]:
@@ -90,6 +110,11 @@ def load(workdir, step: int | None = None, mesh: MeshConfig | None = None) -> LM
   made = {}
 
   def abstract(config: Config):
+    if config.model.kind == 'ngram':
+      if mesh:
+        raise UsageError(f'--mesh={mesh.data},{mesh.fsdp},{mesh.tensor}: an n-gram is on the host; leave it out')
+      made['mesh'] = layout.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])  # for sampling alone
+      return None, made['mesh']
     config = dataclasses.replace(config, mesh=mesh or config.mesh, batch=2 ** 20)  # rows are padded to the mesh here
     made['mesh'] = layout.run_mesh(config)
     with jax.sharding.use_abstract_mesh(made['mesh'].abstract_mesh):

@@ -78,9 +78,15 @@ class RnnConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class NgramConfig:
+  """Counted, not trained (kind ngram): interpolated modified Kneser-Ney (Chen & Goodman 1998)."""
+  order: int = 5            # symbols of a gram, 1 to 7: each is predicted from the order − 1 before it
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A model. Each field has one meaning, whatever the family; the defaults are Llama's (configs/ has the others)."""
-  kind: str = 'decoder'     # decoder | encoder | seq2seq | rnn | rnn_seq2seq: a key of models.kinds.KINDS
+  kind: str = 'decoder'     # decoder | encoder | seq2seq | rnn | rnn_seq2seq: a key of models.kinds.KINDS; or ngram
   D: int = 256              # model width
   H: int = 4                # query heads
   G: int = 4                # key-value heads (grouped-query attention when G < H)
@@ -127,6 +133,7 @@ class ModelConfig:
   rope: RopeConfig = RopeConfig()
   relative: RelativeConfig = RelativeConfig()
   rnn: RnnConfig = RnnConfig()
+  ngram: NgramConfig = NgramConfig()
   moe: MoeConfig = MoeConfig()
   mla: MlaConfig = MlaConfig()
 

@@ -7,6 +7,7 @@ once, whatever the batch size and the mesh:
     rnn          given the whole document before it: documents run in lanes, the state goes on from piece to piece.
     encoder      given all other tokens of its window of C tokens, it alone masked: a pseudo-log-likelihood (Salazar et al.
                  2020), which is no probability of the text and is no bound for the others.
+    ngram        given the model.ngram.order − 1 tokens before it, on the host.
 """
 import dataclasses
 import heapq
@@ -184,8 +185,16 @@ class Scorer:
         yield owner, float(nll)
 
 
+  def of_counts(self, texts: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, float]]:
+    """n-grams. The opening is START, whatever token it is."""
+    model = self.lm.counted
+    for owner, ids in texts:
+      ids[0] = model.V
+      yield owner, model.nats(ids)
+
+
 SCORERS = {'decoder': Scorer.of_windows, 'seq2seq': Scorer.of_windows, 'rnn_seq2seq': Scorer.of_windows,
-           'rnn': Scorer.of_lanes, 'encoder': Scorer.of_masks}
+           'rnn': Scorer.of_lanes, 'encoder': Scorer.of_masks, 'ngram': Scorer.of_counts}
 
 
 def score(lm, documents: Iterable[tuple[str, str]], context: int, stride: int, batch: int, progress=None) -> list[Document]:

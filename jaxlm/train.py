@@ -7,7 +7,7 @@ from typing import Callable
 
 import jax
 
-from jaxlm import config as configs, evaluate, layout, metrics
+from jaxlm import config as configs, count, evaluate, layout, metrics
 from jaxlm.checkpoint import Checkpoints, resume, run_meta
 from jaxlm.schema import Config
 from jaxlm.data import examples, pipeline as pipelines
@@ -38,10 +38,13 @@ def _prepare_workdir(workdir: pathlib.Path) -> None:
 
 
 def train(config: Config, workdir: pathlib.Path) -> None:
-  """Trains to config.steps. Raises Preempted (saved), UsageError, CheckpointError, StorageError."""
+  """Trains to config.steps; counts, if model.kind=ngram. Raises Preempted (saved), UsageError, CheckpointError, StorageError."""
   timer = metrics.Timer()
   with Signals() as signals:
     _prepare_workdir(workdir)
+    if config.model.kind == 'ngram':
+      count.run(config, workdir)
+      return
     say(f'{workdir}: {config.steps} steps of {config.batch} × {config.length} tokens\n{configs.summary(config)}')
     mesh = layout.run_mesh(config)
     with jax.set_mesh(mesh):

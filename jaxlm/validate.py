@@ -6,7 +6,7 @@ from jaxlm.errors import UsageError
 from jaxlm.schema import GATED, WORDS, Config, flatten, layer_kinds, selected, span_lengths
 
 CHOICES = {
-    'model.kind': ('decoder', 'encoder', 'seq2seq', 'rnn', 'rnn_seq2seq'),
+    'model.kind': ('decoder', 'encoder', 'seq2seq', 'rnn', 'rnn_seq2seq', 'ngram'),
     'model.norm': ('rms', 'layer'), 'model.norm_place': ('pre', 'post', 'both', 'after'),
     'model.qk_norm': ('none', 'head', 'all'), 'model.position': ('rope', 'learned', 'sinusoidal', 'relative', 'none'),
     'model.head': ('lm', 'mlm'), 'model.rnn.cell': ('lstm', 'gru'), 'model.rnn.attention': ('none', 'bahdanau', 'luong'),
@@ -43,6 +43,10 @@ def validate(c: Config) -> None:
               'objective.share'):
     need(0 <= flat[key] < 1, key, 'wants a number from 0 up to, not including, 1')
   _model(m, need)
+  need(m.ngram.order <= 7, 'model.ngram.order', 'wants 1 to 7')
+  if m.kind == 'ngram':
+    need(m.V <= 2 ** 20, 'model.V', 'an n-gram knows at most 2^20 = 1,048,576 symbols')
+    need(c.steps == 1, 'steps', 'an n-gram is counted once, at step 1: set 1')
   need(c.batch % c.microbatches == 0, 'microbatches', f'does not divide batch={c.batch}')
   _objective(c, need)
   targets = selected(c) if m.kind == 'encoder' else c.length
@@ -61,7 +65,8 @@ def validate(c: Config) -> None:
 
 
 # Which objectives a kind of model can have.
-OBJECTIVES = {'decoder': ('causal', 'answer'), 'rnn': ('causal',), 'encoder': ('mask', 'pairs'), 'seq2seq': ('next', 'prefix', 'spans', 'answer'), 'rnn_seq2seq': ('next', 'prefix', 'answer')}
+OBJECTIVES = {'decoder': ('causal', 'answer'), 'rnn': ('causal',), 'ngram': ('causal',), 'encoder': ('mask', 'pairs'),
+              'seq2seq': ('next', 'prefix', 'spans', 'answer'), 'rnn_seq2seq': ('next', 'prefix', 'answer')}
 
 
 def _objective(c: Config, need) -> None:

@@ -12,7 +12,6 @@ from jaxlm import evaluate, scoring, lm as lms
 from jaxlm.data import tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.models import decoder, kinds
-from jaxlm.models.ngram import NGram
 from tests import common
 
 DOCUMENTS = [('a', 'x' * 7 + ' short'), ('b', 'the middle one, naïve λόγος ' * 3), ('c', 'z'),
@@ -101,60 +100,3 @@ def test_baselines_are_those_of_the_tools(texts):
   result = evaluate.baselines(documents, c)
   assert result['gzip_bits_per_byte'] == 8 * len(gzip.compress(whole, 9)) / len(whole)
   assert 0 < result['fivegram_bits_per_byte'] < 8 and 0 < result['xz_bits_per_byte'] < 8
-
-
-# ---- the n-gram model, against its definition written with dictionaries
-
-TRAIN = [b'abracadabra abracadabra', b'the cat sat on the mat; the cat', b'a', b'abab abab cab ' * 4]
-
-
-class Slow:
-  """Interpolated modified Kneser-Ney, word for word from Chen & Goodman 1998."""
-
-  def __init__(self, order, documents):
-    self.order, self.count = order, {k: collections.Counter() for k in range(1, order + 1)}
-    for text in documents:
-      symbols = (256,) * (order - 1) + tuple(text)
-      for i in range(order - 1, len(symbols)):
-        self.count[order][symbols[i - order + 1:i + 1]] += 1
-    for k in range(order - 1, 0, -1):
-      for gram in self.count[k + 1]:
-        self.count[k][gram[1:]] += 1
-
-  def discount(self, k, c):
-    n = [sum(1 for v in self.count[k].values() if v == i) for i in range(5)]
-    y = n[1] / (n[1] + 2 * n[2])
-    c = min(c, 3)
-    return max(0., c - (c + 1) * y * n[c + 1] / n[c]) if c and n[c] else 0.
-
-  def p(self, history, symbol, k=None):
-    k = self.order if k is None else k
-    if k == 0:
-      return 1 / 256
-    h = tuple(history[len(history) - k + 1:])
-    following = {g[-1]: c for g, c in self.count[k].items() if g[:-1] == h}
-    lower = self.p(history, symbol, k - 1)
-    if not following:
-      return lower
-    total = sum(following.values())
-    gamma = sum(self.discount(k, c) for c in following.values()) / total
-    c = following.get(symbol, 0)
-    return (c - self.discount(k, c)) / total + gamma * lower
-
-
-@pytest.mark.parametrize('order', [1, 2, 3, 5])
-def test_ngram_equals_its_definition_and_sums_to_one(order):
-  fast, slow = NGram(order, TRAIN), Slow(order, TRAIN)
-  text = b'the abracat zq'
-  symbols = (256,) * (order - 1) + tuple(text)
-  expected = [slow.p(symbols[i:i + order - 1], symbols[i + order - 1]) for i in range(len(text))]
-  np.testing.assert_allclose(fast.probabilities(text), expected, rtol=1e-9)
-  total = sum(fast.probabilities(b'the c' + bytes([b]))[-1] for b in range(256))
-  np.testing.assert_allclose(total, 1, rtol=1e-9)
-
-
-def test_ngram_counts_the_same_in_many_batches():
-  whole = NGram(3, TRAIN)
-  grams, counts = whole._count(iter(TRAIN), batch=10)
-  np.testing.assert_array_equal(grams, whole._levels[-1]['grams'])
-  assert counts.sum() == sum(map(len, TRAIN))

@@ -17,7 +17,7 @@ from jaxlm.step import abstract_state
 
 def sizes() -> list[str]:
   out = []
-  for path in sorted(glob.glob('configs/*.py')):
+  for path in sorted(set(glob.glob('configs/*.py')) - {'configs/ngram.py'}):  # which has no size before it is counted
     spec = importlib.util.spec_from_file_location('c', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
