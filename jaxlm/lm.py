@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from jaxlm import checkpoint, generate, layout
-from jaxlm.schema import Config, MeshConfig
+from jaxlm.schema import Config, LoraConfig, MeshConfig
 from jaxlm.data import pipeline
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.metrics import say
-from jaxlm.models import cache, kinds, ngram
+from jaxlm.models import cache, kinds, lora, ngram
 from jaxlm.sampling import Sampling
 
 
@@ -121,4 +121,8 @@ def load(workdir, step: int | None = None, mesh: MeshConfig | None = None) -> LM
       return kinds.abstract_params(config.model), made['mesh']
 
   step, config, tokenizer, params = checkpoint.load(pathlib.Path(workdir), abstract, step, say)
+  if config.model.lora.rank:  # from here on it is a model like any other
+    with jax.set_mesh(made['mesh']):
+      params = jax.jit(lora.merged, static_argnums=0)(config.model, params)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LoraConfig()))
   return LM(config, Tokenizer(tokenizer), params, made['mesh'], step)

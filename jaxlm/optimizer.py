@@ -79,7 +79,22 @@ def _auto(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 def make_optimizer(c: OptimizerConfig, steps: int):
-  """(tx, schedule): clip by the global norm, then the optimizer, over `steps` updates."""
+  """(tx, schedule): clip by the global norm, then the optimizer, over `steps` updates. Where params have pairs of low rank
+  (models/lora.py), only these are updated, and only they have moments."""
   schedule = make_schedule(c, steps)
   tx = OPTIMIZERS[c.name](c, schedule)
-  return (optax.chain(optax.clip_by_global_norm(c.clip), tx) if c.clip else tx), schedule
+  tx = optax.chain(optax.clip_by_global_norm(c.clip), tx) if c.clip else tx
+  return _only_pairs(tx), schedule
+
+
+def _only_pairs(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """tx for params['lora'] if there is one, no update for the rest; tx itself if there is none."""
+  def init(params):
+    return tx.init({'lora': params['lora']} if 'lora' in params else params)
+
+  def update(grads, state, params):
+    if 'lora' not in params:
+      return tx.update(grads, state, params)
+    updates, state = tx.update({'lora': grads['lora']}, state, {'lora': params['lora']})
+    return {**jax.tree.map(jnp.zeros_like, params), **updates}, state
+  return optax.GradientTransformation(init, update)

@@ -84,6 +84,14 @@ class NgramConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adaptation (Hu et al. 2021): only pairs of narrow matrices beside the frozen weights are trained."""
+  rank: int = 0             # of the pairs; 0: none, all parameters are trained
+  alpha: float = 16.        # the product of a pair counts α / rank
+  targets: str = r'attention/(q|v)/w'  # paths of layers' weights that match get a pair
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A model. Each field has one meaning, whatever the family; the defaults are Llama's (configs/ has the others)."""
   kind: str = 'decoder'     # decoder | encoder | seq2seq | rnn | rnn_seq2seq: a key of models.kinds.KINDS; or ngram
@@ -136,6 +144,7 @@ class ModelConfig:
   ngram: NgramConfig = NgramConfig()
   moe: MoeConfig = MoeConfig()
   mla: MlaConfig = MlaConfig()
+  lora: LoraConfig = LoraConfig()
 
 
 GATED = ('swiglu', 'geglu')
@@ -196,12 +205,20 @@ class DataConfig:
   """What to train on. Tokens are written once to `cache`, then memory-mapped."""
   source: str = 'stdlib'    # stdlib | text:GLOB | jsonl:GLOB | arrayrecord:GLOB | tfds:NAME/SPLIT
   heldout: float = 0.05     # share of documents, by hash of their name, never trained on
-  tokenizer: str = 'bpe:4096'  # bpe:SIZE (trained on the documents) | bytes | a tokenizer.json
+  tokenizer: str = 'bpe:4096'  # bpe:SIZE (trained on the documents) | bytes | a tokenizer.json | start (start.checkpoint's)
   stop: str = ''            # tokens that end a generated text besides the boundary, by name, with spaces between
   cache: str = ''           # a folder; '' is data/ in the workdir
   key: str = 'text'         # the field that holds the text: jsonl, arrayrecord, tfds
   target: str = ''          # the field that holds its answer (objective answer); '': texts have none
   order: str = 'shuffled'   # shuffled | contiguous: row b of a step goes on where row b of the step before ended
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+  """Another run's checkpoint, or an import, whose parameters a new run starts from: those of the same path and shape. A run
+  that has checkpoints of its own goes on from these."""
+  checkpoint: str = ''      # its workdir; '': fresh parameters
+  step: int = 0             # 0: the newest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,12 +246,13 @@ class Config:
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
   data: DataConfig = DataConfig()
+  start: StartConfig = StartConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
 
 
 # What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
 # from the same state and data, except `steps`, which people raise to train on.
-FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|mesh\..*|checkpoint\..*|'
+FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|mesh\..*|checkpoint\..*|start\..*|'
                   r'data\.(cache|stop)|microbatches|loss\.chunks|model\.(attention|remat|scan))$')
 
 

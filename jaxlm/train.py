@@ -7,7 +7,7 @@ from typing import Callable
 
 import jax
 
-from jaxlm import config as configs, count, evaluate, layout, metrics
+from jaxlm import config as configs, count, evaluate, layout, metrics, start
 from jaxlm.checkpoint import Checkpoints, resume, run_meta
 from jaxlm.schema import Config
 from jaxlm.data import examples, pipeline as pipelines
@@ -45,6 +45,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     if config.model.kind == 'ngram':
       count.run(config, workdir)
       return
+    config = start.tokenizer_of(config, workdir)
     say(f'{workdir}: {config.steps} steps of {config.batch} × {config.length} tokens\n{configs.summary(config)}')
     mesh = layout.run_mesh(config)
     with jax.set_mesh(mesh):
@@ -66,21 +67,23 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     restored = resume(checkpoints, config, cache, abstract, mesh, jax.jit(tx.init), say)
     (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
-    start, state = restored or (0, _fresh_state(config, tx))
+    first, state = restored or (0, _fresh_state(config, tx))
+    if not restored and config.start.checkpoint:
+      state['params'] = start.parameters(config, state['params'], cache.tokenizer, mesh, say)
     timer.mark('restore' if restored else 'init')
     step_fn = compiling.result()
   timer.mark('compile')
   params = sum(a.size for a in jax.tree.leaves(state['params']))
   say(f'{params / 1e6:.1f}M parameters on {dict(mesh.shape)}; {pipeline.windows:,} windows an epoch, '
       f'{config.steps * config.batch / pipeline.windows:.2f} epochs; '
-      + (f'goes on from step {start}' if restored else 'starts at step 0'))
-  if start >= config.steps:
-    say(f'already at step {start}; raise --config.steps to train on')
+      + (f'goes on from step {first}' if restored else 'starts at step 0'))
+  if first >= config.steps:
+    say(f'already at step {first}; raise --config.steps to train on')
     return
-  log = metrics.Log(workdir, config, params, start)
+  log = metrics.Log(workdir, config, params, first)
   signals.in_loop = True
   try:
-    _Loop(config, workdir, mesh, step_fn, pipeline, checkpoints, log, signals, start, state).run(timer)
+    _Loop(config, workdir, mesh, step_fn, pipeline, checkpoints, log, signals, first, state).run(timer)
   finally:
     log.close()
     checkpoints.close()

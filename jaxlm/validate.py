@@ -19,8 +19,8 @@ CHOICES = {
 }
 # Keys that may be zero; every other number but the mesh's is above it.
 ZERO_OK = re.compile(
-    r'(seed|eval_every|loss\.(z_loss|smoothing)|objective\.(source|next_sentence)|data\.heldout|checkpoint\.keep_every|'
-    r'model\.(encoder_N|first_position|T|C|first|rnn\.(teacher|sampling)|P|vocab|window|norm_offset|attention_scale|attention_cap|logit_cap|dropout|rope\.(local_base|original)|'
+    r'(seed|eval_every|loss\.(z_loss|smoothing)|objective\.(source|next_sentence)|start\.step|data\.heldout|checkpoint\.keep_every|'
+    r'model\.(lora\.rank|encoder_N|first_position|T|C|first|rnn\.(teacher|sampling)|P|vocab|window|norm_offset|attention_scale|attention_cap|logit_cap|dropout|rope\.(local_base|original)|'
     r'moe\.(E|F|first|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
     r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2))$')
 

@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from jaxlm.models import decoder, encoder, output, rnn, rnn_seq2seq, seq2seq
+from jaxlm.models import decoder, encoder, lora, output, rnn, rnn_seq2seq, seq2seq
 from jaxlm.schema import ModelConfig
 
 KINDS = {'decoder': decoder, 'encoder': encoder, 'seq2seq': seq2seq, 'rnn': rnn,
@@ -13,7 +13,8 @@ KINDS = {'decoder': decoder, 'encoder': encoder, 'seq2seq': seq2seq, 'rnn': rnn,
 
 def init_params(cfg: ModelConfig, key) -> dict:
   """Fresh parameters, born sharded, the same on every mesh."""
-  return KINDS[cfg.kind].init_params(cfg, key)
+  params = KINDS[cfg.kind].init_params(cfg, key)
+  return {**params, 'lora': lora.init(cfg, params, jax.random.fold_in(key, 1))} if cfg.lora.rank else params
 
 
 def abstract_params(cfg: ModelConfig):
@@ -24,7 +25,7 @@ def abstract_params(cfg: ModelConfig):
 def forward(cfg: ModelConfig, params: dict, batch: dict, training: output.Training | None = None,
             carry=None) -> output.Hidden:
   """training: only there; carry: of a recurrent model, its state before the batch; None is that before a document."""
-  return KINDS[cfg.kind].forward(cfg, params, batch, training, carry)
+  return KINDS[cfg.kind].forward(cfg, lora.merged(cfg, params), batch, training, carry)
 
 
 def empty_carry(cfg: ModelConfig, B: int):
