@@ -223,10 +223,15 @@ def score(lm, documents: Iterable[tuple[str, str]], context: int, stride: int, b
 def per_token(lm, text: str, context: int, stride: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
   """(ids [opening, t1 … tn], float32 nats of t1 … tn) of one text; the nats sum to what `score` gives. Errors as there."""
   _check(lm, context, stride)
-  ids = ids_of(lm, text)
+  ids, kind = ids_of(lm, text), lm.config.model.kind
+  if len(ids) == 1:
+    raise UsageError(f'the text {text!r} has no token to score')
+  context = min(context, -(-(len(ids) + 1) // 16) * 16)  # a short text is one short row, not `batch` long ones
+  stride = min(stride, context)
+  batch = min(batch, {'encoder': len(ids) - 1, 'rnn': 1}.get(kind, sum(1 for _ in windows(ids, context, stride))))
   nll_S = np.full(len(ids) - 1, np.nan, np.float32)
   with jax.set_mesh(lm.mesh):
-    for piece in SCORERS[lm.config.model.kind](Scorer(lm, context, stride, batch), iter([(0, ids)])):
+    for piece in SCORERS[kind](Scorer(lm, context, stride, batch), iter([(0, ids)])):
       nll_S[piece.first - 1:piece.first - 1 + len(piece.nll_S)] = piece.nll_S
   return ids, nll_S
 
@@ -244,4 +249,4 @@ def _check(lm, context: int, stride: int) -> None:
   if context > limit:
     raise UsageError(f'--context={context}: the model has only {limit} learned positions')
   if m.kind == 'encoder' and (m.head != 'mlm' or context < 3):
-    raise UsageError(f'--context={context}, model.head={m.head}: an encoder scores texts with head=mlm, in windows of 3 or more')
+    raise UsageError(f'--context={context}, model.head={m.head}: an encoder scores with head=mlm, in windows of 3 or more')
