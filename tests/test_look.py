@@ -140,6 +140,14 @@ def test_the_last_row_of_the_lens_is_the_logits(family):
   assert len(lens.lens(lm, TEXT)) == lm.config.model.N + 1
 
 
+@pytest.mark.parametrize('family', ['transformer', 't5'])
+def test_the_last_row_of_the_lens_beside_an_encoder(family):
+  lm = lm_of(family)
+  r = reading.read(lm, TEXT, SOURCE)
+  expected = -of_row(family, tuple(r.ids.tolist()), 32, tuple(r.source.tolist()))[:len(r.ids)]
+  np.testing.assert_allclose(jax.nn.log_softmax(lens.lens(lm, TEXT, SOURCE)[-1]), expected, atol=1e-4)
+
+
 # ---- hidden states and probes
 
 def test_pooled_states_are_the_states_pooled():
