@@ -7,6 +7,11 @@
     jaxlm eval      --workdir=DIR --tasks=NAME[,NAME] [--task_path=DIR --num_fewshot=N --limit=N --context --batch --json]
     jaxlm generate  --workdir=DIR --prompt=TEXT [--max_length=100 --temperature=0.7 --top_k --top_p --min_p
                     --repetition_penalty --num_beams --stop=TEXT --seed=0 --json=FILE]
+    jaxlm look      attention | lens --workdir=DIR --text=TEXT|--file=FILE --out=FILE.png|FILE.html [--source=TEXT --layer=N
+                    --head=N --part=self]
+    jaxlm look      loss --workdir=DIR --text=TEXT|--file=FILE [--out=FILE.html --context=C --stride=S]
+    jaxlm look      probe --workdir=DIR --data=FILE.jsonl --label=FIELD [--text=FIELD --layers=all --pool=mean --folds=5
+                    --seed=0 --json=FILE]
     jaxlm import    SRC --workdir=DIR [--tokenizer=FILE --vocab_multiple=128 --config.KEY=VALUE …]
     jaxlm export    --workdir=DIR --out=DIR [--step=N --family=llama --dtype=bfloat16]
     jaxlm data      build | show | stats   --config=FILE --workdir=DIR [--step=N]
@@ -24,6 +29,7 @@ from absl import flags, logging
 
 from jaxlm import config as configs
 from jaxlm.errors import JaxlmError, UsageError
+from jaxlm.look import command as looking
 from jaxlm.memory import restart_with_kept_memory
 from jaxlm.schema import MeshConfig, approximate_params
 from jaxlm.signals import Signals
@@ -45,11 +51,14 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'of the tensors', flag_values=f)
   if command in ('train', 'data'):
     flags.DEFINE_string('config', None, 'configs/FILE.py[:ARGUMENT]; --config.KEY=VALUE overrides', flag_values=f)
-  if command in ('eval', 'generate', 'export', 'data'):
+  if command in ('eval', 'generate', 'export', 'data', 'look'):
     flags.DEFINE_integer('step', None, 'the step (default: the newest checkpoint; data show: 0)', flag_values=f)
-  if command in ('eval', 'generate', 'export'):
+  if command in ('eval', 'generate', 'export', 'look'):
     flags.DEFINE_string('mesh', None, 'devices DATA,FSDP,TENSOR (default: the run\'s)', flag_values=f)
+  if command in ('eval', 'generate', 'export'):
     flags.DEFINE_string('json', None, 'write the result to this file too', flag_values=f)
+  if command == 'look':
+    looking.define(f)
   if command == 'eval':
     flags.DEFINE_string('data', 'heldout', 'heldout, train, or a SOURCE as in data/sources.py', flag_values=f)
     flags.DEFINE_integer('context', None, 'tokens a window (default: the run\'s length)', flag_values=f)
@@ -104,7 +113,8 @@ def _parse(command: str, argv: list[str]):
   if command == 'train' and f.workdir and not f.config and (pathlib.Path(f.workdir) / 'config.json').is_file():
     f.config = f'{f.workdir}/config.json'  # of an import, or of the run that goes on
   fetches = command == 'data' and positional[:1] == ['fetch']
-  wanted = {'data': ['out'] if fetches else ['workdir', 'config']}.get(command, ['workdir', 'config', 'prompt', 'out'])
+  all_of_them = ['workdir', 'config', 'prompt', 'out']
+  wanted = {'data': ['out'] if fetches else all_of_them[:2], 'look': all_of_them[:1]}.get(command, all_of_them)
   for name in wanted:
     if name in f and not f[name].value:
       raise UsageError(f'{command}: wants --{name}=…')
@@ -212,6 +222,10 @@ def _generate(f, overrides):
                          'temperature': f.temperature, **sampling})
 
 
+def _look(f, overrides, what):
+  looking.run(f, what, _load, _write_json)
+
+
 def _data(f, overrides, what, name=''):
   if what == 'fetch':
     from jaxlm.data import packages  # pylint: disable=g-import-not-at-top
@@ -240,8 +254,8 @@ def _export(f, overrides):
   exporting.run(lm, pathlib.Path(f.out), f.family, f.dtype)
 
 
-COMMANDS = {'train': _train, 'eval': _eval, 'generate': _generate, 'data': _data, 'import': _import, 'export': _export,
-            'doctor': _doctor}
+COMMANDS = {'train': _train, 'eval': _eval, 'generate': _generate, 'look': _look, 'data': _data, 'import': _import,
+            'export': _export, 'doctor': _doctor}
 DATA_WORDS = ('build', 'show', 'stats', 'fetch')
 
 
@@ -257,6 +271,9 @@ def run(argv: list[str]) -> None:
   if command == 'data':
     if len(words) != (2 if words[:1] == ['fetch'] else 1) or words[0] not in DATA_WORDS:
       raise UsageError(f'data {" ".join(words)}: wants one of {", ".join(DATA_WORDS)}')
+  elif command == 'look':
+    if len(words) != 1:
+      raise UsageError(f'look {" ".join(words)}: wants one of {", ".join(looking.COMMANDS)}')
   elif command == 'import':
     if len(words) != 1:
       raise UsageError('import: wants one source, a Hugging Face folder or a GGUF file')

@@ -12,6 +12,7 @@ once, whatever the batch size and the mesh:
 import dataclasses
 import heapq
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -39,6 +40,17 @@ class Window:
   scored: int
   source: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
   owner: int = 0  # of which document
+  first: int = 1  # where in it the first token stands that counts
+
+
+class Piece(NamedTuple):
+  """What was scored at once of document `owner`: its tokens first, first + 1, … (0 is the opening) cost nll_S nats each."""
+  owner: int
+  first: int
+  nll_S: np.ndarray
+
+
+Texts = Iterator[tuple[int, np.ndarray]]  # (which document, its ids [opening, t1 … tn])
 
 
 def windows(ids: np.ndarray, context: int, stride: int, source: int = 0, owner: int = 0) -> Iterator[Window]:
@@ -47,7 +59,7 @@ def windows(ids: np.ndarray, context: int, stride: int, source: int = 0, owner: 
   while end < n:
     new_end = min(context if end == 0 else end + stride, n)
     start = max(0, new_end - context)
-    yield Window(ids[start:new_end + 1], end - start, ids[max(0, start - source):start], owner)
+    yield Window(ids[start:new_end + 1], end - start, ids[max(0, start - source):start], owner, end + 1)
     end = new_end
 
 
@@ -122,7 +134,7 @@ class Scorer:
     if waiting:
       yield waiting
 
-  def of_windows(self, texts: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, float]]:
+  def of_windows(self, texts: Texts) -> Iterator[Piece]:
     """Decoders, and decoders beside an encoder."""
     source = self.lm.config.objective.source
     found = (w for owner, ids in texts for w in windows(ids, self.context, self.stride, source, owner))
@@ -132,10 +144,10 @@ class Scorer:
       for row, nll_L in zip(row_list, nll_BL):
         at = 0
         for w in row:
-          yield w.owner, nll_L[at:at + len(w.ids) - 1].sum(dtype=np.float64)
+          yield Piece(w.owner, w.first, nll_L[at + w.scored:at + len(w.ids) - 1])
           at += len(w.ids) - 1
 
-  def of_lanes(self, texts: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, float]]:
+  def of_lanes(self, texts: Texts) -> Iterator[Piece]:
     """Recurrent models. The longest document goes first, each to the lane that is shortest so far."""
     lanes = [(0, lane, []) for lane in range(self.batch)]
     for owner, ids in sorted(texts, key=lambda t: -len(t[1])):
@@ -159,9 +171,11 @@ class Scorer:
       cut = slice(start, start + self.context)
       nll_BL, carry = self.nll({k: a[:, cut] for k, a in arrays.items()}, carry)
       for owner in np.unique(owners[:, cut]):
-        yield int(owner), nll_BL[owners[:, cut] == owner].sum(dtype=np.float64)
+        its_BL = (owners[:, cut] == owner) & (arrays['weights'][:, cut] > 0)
+        if its_BL.any():
+          yield Piece(int(owner), int(arrays['positions'][:, cut][its_BL][0]) + 1, nll_BL[its_BL])
 
-  def of_masks(self, texts: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, float]]:
+  def of_masks(self, texts: Texts) -> Iterator[Piece]:
     """Encoders: a row for each token, with it masked."""
     tokenizer, size = self.lm.tokenizer, self.context - 2
 
@@ -170,27 +184,28 @@ class Scorer:
         for start in range(1, len(ids), size):
           row = np.array([tokenizer.cls, *ids[start:start + size], tokenizer.sep], np.int32)
           for at in range(1, len(row) - 1):
-            yield owner, row, at
+            yield owner, start + at - 1, row, at
     for items in self.in_batches(masked()):
       batch = {k: np.zeros((self.batch, self.context), np.int32) for k in ('tokens', 'segments', 'positions')}
       batch |= {k: np.zeros((self.batch, 1), np.int32) for k in ('at', 'targets')}
       batch['weights'] = np.zeros((self.batch, 1), np.float32)
-      for b, (_, row, at) in enumerate(items):
+      for b, (_, _, row, at) in enumerate(items):
         batch['tokens'][b, :len(row)], batch['segments'][b, :len(row)] = row, 1
         batch['positions'][b, :len(row)] = np.arange(len(row))
         batch['at'][b], batch['targets'][b], batch['weights'][b] = at, row[at], 1
         batch['tokens'][b, at] = tokenizer.mask
       nll_B1, _ = self.nll(batch)
-      for (owner, _, _), nll in zip(items, nll_B1[:, 0]):
-        yield owner, float(nll)
+      for (owner, first, _, _), nll_1 in zip(items, nll_B1):
+        yield Piece(owner, first, nll_1)
 
-
-  def of_counts(self, texts: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, float]]:
+  def of_counts(self, texts: Texts) -> Iterator[Piece]:
     """n-grams. The opening is START, whatever token it is."""
     model = self.lm.counted
     for owner, ids in texts:
-      ids[0] = model.V
-      yield owner, model.nats(ids)
+      ids[0], first = model.V, 1
+      for nats in model.each(ids):
+        yield Piece(owner, first, nats)
+        first += len(nats)
 
 
 SCORERS = {'decoder': Scorer.of_windows, 'seq2seq': Scorer.of_windows, 'rnn_seq2seq': Scorer.of_windows,
@@ -199,6 +214,44 @@ SCORERS = {'decoder': Scorer.of_windows, 'seq2seq': Scorer.of_windows, 'rnn_seq2
 
 def score(lm, documents: Iterable[tuple[str, str]], context: int, stride: int, batch: int, progress=None) -> list[Document]:
   """Scores (name, text) documents with an LM. UsageError for a context or stride that it cannot have."""
+  _check(lm, context, stride)
+  out: list[Document] = []
+
+  def texts():
+    for name, text in documents:
+      ids = ids_of(lm, text)
+      out.append(Document(name, len(text.encode()), len(ids) - 1))
+      if progress:
+        progress(out[-1].bytes)
+      yield len(out) - 1, ids
+  with jax.set_mesh(lm.mesh):
+    for piece in SCORERS[lm.config.model.kind](Scorer(lm, context, stride, batch), texts()):
+      out[piece.owner].nll += float(piece.nll_S.sum(dtype=np.float64))
+  return out
+
+
+def per_token(lm, text: str, context: int, stride: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+  """(ids [opening, t1 … tn], float32 nats of t1 … tn) of one text; the nats sum to what `score` gives. Errors as there."""
+  _check(lm, context, stride)
+  ids, kind = ids_of(lm, text), lm.config.model.kind
+  if len(ids) == 1:
+    raise UsageError(f'the text {text!r} has no token to score')
+  context = min(context, -(-(len(ids) + 1) // 16) * 16)  # a short text is one short row, not `batch` long ones
+  stride = min(stride, context)
+  batch = min(batch, {'encoder': len(ids) - 1, 'rnn': 1}.get(kind, sum(1 for _ in windows(ids, context, stride))))
+  nll_S = np.full(len(ids) - 1, np.nan, np.float32)
+  with jax.set_mesh(lm.mesh):
+    for piece in SCORERS[kind](Scorer(lm, context, stride, batch), iter([(0, ids)])):
+      nll_S[piece.first - 1:piece.first - 1 + len(piece.nll_S)] = piece.nll_S
+  return ids, nll_S
+
+
+def ids_of(lm, text: str) -> np.ndarray:
+  """int32 [opening, t1 … tn]."""
+  return np.array([lm.tokenizer.opening, *lm.tokenizer.encode(text)], np.int32)
+
+
+def _check(lm, context: int, stride: int) -> None:
   if not 1 <= stride <= context:
     raise UsageError(f'--stride={stride}: wants 1 up to the context, {context}')
   m = lm.config.model
@@ -206,17 +259,4 @@ def score(lm, documents: Iterable[tuple[str, str]], context: int, stride: int, b
   if context > limit:
     raise UsageError(f'--context={context}: the model has only {limit} learned positions')
   if m.kind == 'encoder' and (m.head != 'mlm' or context < 3):
-    raise UsageError(f'--context={context}, model.head={m.head}: an encoder scores texts with head=mlm, in windows of 3 or more')
-  out: list[Document] = []
-
-  def texts():
-    for name, text in documents:
-      ids = np.array([lm.tokenizer.opening, *lm.tokenizer.encode(text)], np.int32)
-      out.append(Document(name, len(text.encode()), len(ids) - 1))
-      if progress:
-        progress(out[-1].bytes)
-      yield len(out) - 1, ids
-  with jax.set_mesh(lm.mesh):
-    for owner, nll in SCORERS[m.kind](Scorer(lm, context, stride, batch), texts()):
-      out[owner].nll += float(nll)
-  return out
+    raise UsageError(f'--context={context}, model.head={m.head}: an encoder scores with head=mlm, in windows of 3 or more')

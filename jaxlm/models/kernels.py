@@ -65,8 +65,8 @@ def _allowed(how: How, q: Rows, k: Rows, queries: slice = slice(None), keys: sli
   return same_BLM & visible(how, q.positions_BL[:, queries, None], k.positions_BL[:, None, keys])
 
 
-def mix(how: How, q_BLHK, k_BMGK, v_BMGK, allowed_BLM, bias_HLM=None):
-  """Softmax attention over the keys that `allowed_BLM` (bool) lets each query see; scores in float32."""
+def weights(how: How, q_BLHK, k_BMGK, allowed_BLM, bias_HLM=None):
+  """float32 p_BGRLM: softmax over the keys that `allowed_BLM` (bool) lets each query see; head h = g · H/G + r."""
   B, L, H, K = q_BLHK.shape
   G = k_BMGK.shape[2]
   q_BLGRK = (q_BLHK * how.scale).reshape(B, L, G, H // G, K)  # head h reads key-value head h // (H/G)
@@ -75,8 +75,18 @@ def mix(how: How, q_BLHK, k_BMGK, v_BMGK, allowed_BLM, bias_HLM=None):
     s_BGRLM += bias_HLM.reshape(1, G, H // G, *bias_HLM.shape[1:])
   if how.cap:
     s_BGRLM = how.cap * jnp.tanh(s_BGRLM / how.cap)
-  p_BGRLM = jax.nn.softmax(jnp.where(allowed_BLM[:, None, None], s_BGRLM, -1e30), -1).astype(q_BLHK.dtype)
-  return jnp.einsum('BGRLM,BMGK->BLGRK', p_BGRLM, v_BMGK).reshape(B, L, H, v_BMGK.shape[-1])
+  return jax.nn.softmax(jnp.where(allowed_BLM[:, None, None], s_BGRLM, -1e30), -1)
+
+
+def weigh(p_BGRLM, v_BMGK):
+  """o_BLHK: values by their weights."""
+  o_BLGRK = jnp.einsum('BGRLM,BMGK->BLGRK', p_BGRLM.astype(v_BMGK.dtype), v_BMGK)
+  return o_BLGRK.reshape(*o_BLGRK.shape[:2], -1, v_BMGK.shape[-1])
+
+
+def mix(how: How, q_BLHK, k_BMGK, v_BMGK, allowed_BLM, bias_HLM=None):
+  """Softmax attention over the keys that `allowed_BLM` (bool) lets each query see; scores in float32."""
+  return weigh(weights(how, q_BLHK, k_BMGK, allowed_BLM, bias_HLM), v_BMGK)
 
 
 def plain(how: How, q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, bias_HLM=None):
@@ -131,10 +141,6 @@ def attend(name: str, how: How, q_BLHK, k_BMGK, v_BMGK, q_rows: Rows, k_rows: Ro
   """The kernel called `name` on the mesh; 'auto' is the fastest known for the mesh's platform."""
   if name == 'auto':
     name = 'blocked' if layout.platform() == 'cpu' else 'dot_product'
-  arrays = (q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows) + (() if bias_HLM is None else (bias_HLM,))
-  rows = Rows(layout.spec('BL'), layout.spec('BL'))
-  in_specs = (layout.spec('BLHK'), layout.spec('BMGK'), layout.spec('BMGK'), rows, rows, layout.spec('HLM'))[:len(arrays)]
-  arrays = jax.tree.map(jax.sharding.reshard, arrays, in_specs)
 
   def kernel(q_BLHK, k_BMGK, v_BMGK, q, k, *bias):
     o_BLHK = ATTENTION[name](how, q_BLHK, k_BMGK, v_BMGK, q, k, *bias)
@@ -142,4 +148,24 @@ def attend(name: str, how: How, q_BLHK, k_BMGK, v_BMGK, q_rows: Rows, k_rows: Ro
       return o_BLHK
     some_BL = (q.segments_BL[:, :, None] == k.segments_BL[:, None]).any(-1)
     return jnp.where(some_BL[..., None, None], o_BLHK, 0)
-  return jax.shard_map(kernel, in_specs=in_specs, out_specs=layout.spec('BLHK'))(*arrays)
+  return _on_mesh(kernel, layout.spec('BLHK'), q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, bias_HLM)
+
+
+def shown(how: How, q_BLHK, k_BMGK, v_BMGK, q_rows: Rows, k_rows: Rows, bias_HLM=None):
+  """(o_BLHK, p_BHLM float32): what `attend` by 'plain' makes on the mesh, and the weights it makes it with; those of a
+  query that sees no key are 0."""
+  def kernel(q_BLHK, k_BMGK, v_BMGK, q, k, *bias):
+    allowed_BLM = _allowed(how, q, k)
+    p_BGRLM = weights(how, q_BLHK, k_BMGK, allowed_BLM, *bias) * allowed_BLM.any(-1)[:, None, None, :, None]
+    return weigh(p_BGRLM, v_BMGK), p_BGRLM.reshape(p_BGRLM.shape[0], -1, *p_BGRLM.shape[3:])
+  specs = (layout.spec('BLHK'), layout.spec('BHLM'))
+  return _on_mesh(kernel, specs, q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, bias_HLM)
+
+
+def _on_mesh(kernel, out_specs, q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, bias_HLM):
+  """`kernel` on what each device holds of the batch and the heads."""
+  arrays = (q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows) + (() if bias_HLM is None else (bias_HLM,))
+  rows = Rows(layout.spec('BL'), layout.spec('BL'))
+  in_specs = (layout.spec('BLHK'), layout.spec('BMGK'), layout.spec('BMGK'), rows, rows, layout.spec('HLM'))[:len(arrays)]
+  arrays = jax.tree.map(jax.sharding.reshard, arrays, in_specs)
+  return jax.shard_map(kernel, in_specs=in_specs, out_specs=out_specs)(*arrays)

@@ -19,7 +19,7 @@ import os
 import pathlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -266,14 +266,15 @@ class NGram:
     discounts = self._discounts[k - 1][np.minimum(counts, 3)]
     return counts - np.where(self._halves[k - 1][context] & (counts > 0), HALF, discounts)
 
-  def nats(self, symbols: np.ndarray, piece: int = BATCH) -> float:
-    """−ln p of all symbols but the first; memory is that of a piece of them."""
-    total = 0.
+  def each(self, symbols: np.ndarray, piece: int = BATCH) -> Iterator[np.ndarray]:
+    """−ln p of each symbol but the first, a piece of them at a time; memory is that of a piece."""
     for first in range(1, len(symbols), piece):
       since = max(0, first - max(self.order - 1, 1))
-      p = self.probabilities(symbols[since:first + piece])[first - since - 1:]
-      total -= float(np.log(p).sum())
-    return total
+      yield -np.log(self.probabilities(symbols[since:first + piece])[first - since - 1:])
+
+  def nats(self, symbols: np.ndarray, piece: int = BATCH) -> float:
+    """−ln p of all symbols but the first."""
+    return sum(float(nats.sum()) for nats in self.each(symbols, piece))
 
   def bits(self, symbols: np.ndarray) -> float:
     """−log2 p of all symbols but the first."""
