@@ -6,16 +6,17 @@ import pathlib
 import jax
 import numpy as np
 
-from jaxlm import checkpoint, generate, layout
+from jaxlm import checkpoint, encode, generate, layout
 from jaxlm.schema import Config, MeshConfig
 from jaxlm.data import pipeline
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.errors import UsageError
 from jaxlm.metrics import say
-from jaxlm.models import cache, kinds
+from jaxlm.models import cache, heads, kinds
 from jaxlm.sampling import Sampling
 
 
-_logits = jax.jit(kinds.logits, static_argnums=0)
+_outputs = jax.jit(lambda cfg, params, batch: heads.outputs(cfg, params, kinds.forward(cfg, params, batch)), static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +28,37 @@ class LM:
   mesh: jax.sharding.Mesh
   step: int
 
-  def logits(self, tokens_BL) -> np.ndarray:
-    """float32 numpy logits [B, L, V] of token ids [B, L] (int; each row one document's beginning)."""
-    tokens_BL = np.asarray(tokens_BL, np.int32)
+  def logits(self, tokens_BL, inputs_BM=None) -> np.ndarray:
+    """float32 numpy logits [B, L, V] of token ids [B, L] (int; each row one document's beginning), which beside an encoder
+    follow the ids [B, M] that it reads. UsageError for a model that makes none."""
+    if self.config.model.head not in ('lm', 'mlm'):
+      raise UsageError(f'model.head={self.config.model.head!r}: makes no logits; only lm and mlm do')
+    return self.outputs(tokens_BL, inputs_BM)
+
+  def outputs(self, tokens_BL, inputs_BM=None) -> np.ndarray:
+    """float32 numpy, what the model is for (heads.outputs): logits, or scores of its classes, or hidden states [B, L, D]."""
+    beside = self.config.model.kind in ('seq2seq', 'rnn_seq2seq')
+    if beside != (inputs_BM is not None):
+      raise UsageError(f'model.kind={self.config.model.kind}: {"wants" if beside else "has no use for"} inputs of an encoder')
     rows = len(tokens_BL)
-    padded_BL = np.pad(tokens_BL, ((0, -rows % self.rows_multiple), (0, 0)))
+    pad = lambda ids: np.pad(np.asarray(ids, np.int32), ((0, -rows % self.rows_multiple), (0, 0)))
+    arrays = _one_document(pad(tokens_BL))
+    if beside:
+      names = {'tokens': 'inputs', 'positions': 'input_positions', 'segments': 'input_segments'}
+      arrays |= {names[k]: a for k, a in _one_document(pad(inputs_BM)).items()}
     with jax.set_mesh(self.mesh):
-      batch = pipeline.place(lambda low, high: _one_document(padded_BL[low:high]), len(padded_BL), self.mesh)
-      out_BLV = _logits(self.config.model, self.params, batch)
-    return np.asarray(jax.device_get(out_BLV), np.float32)[:rows]
+      batch = pipeline.place(lambda low, high: {k: a[low:high] for k, a in arrays.items()}, len(arrays['tokens']), self.mesh)
+      out = _outputs(self.config.model, self.params, batch)
+    return np.asarray(jax.device_get(out), np.float32)[:rows]
+
+  def scores(self, texts) -> np.ndarray:
+    """float32 numpy scores of C classes, not normalised, of texts or pairs of texts: [B, C] with head=classify, [B, L, C] with
+    tag and span, L the tokens of the longest text; −1e30 after those of a shorter. Texts are cut to config.length tokens."""
+    return encode.scores(self, texts)
+
+  def embed(self, texts) -> np.ndarray:
+    """float32 numpy vectors [B, D] of texts, as model.pool and model.normalize say. Texts are cut to config.length tokens."""
+    return encode.embed(self, texts)
 
   def generate(self, prompts: list[str], max_length: int = 100, temperature: float = 0.7, seed: int = 0, stop=(),
                stream=None, **sampling) -> list[str]:
@@ -50,6 +73,11 @@ class LM:
     """The parameters as models/cache.py takes them: a second copy, made when something is first generated."""
     with jax.set_mesh(self.mesh):
       return cache.prepare(self.config.model, self.params)
+
+  @functools.cached_property
+  def reader(self):
+    """What encodes texts for scores and embed."""
+    return encode.reader(self)
 
   @functools.cached_property
   def stop_ids(self) -> set[int]:

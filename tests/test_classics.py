@@ -174,3 +174,29 @@ def test_greedy_and_beams_equal_transformers(name, checkpoint, table):
   assert greedy(lm_of(c, params, start, end, (1, 2, 2))) == expected
   assert beams.search(lm, prompts, NEW, Sampling(0., num_beams=3), {end}) == peer_says(peer, prompts, num_beams=3)
   table(name, greedy='equal', **{'3 beams': 'equal'})
+
+
+# ---- heads
+
+@pytest.mark.parametrize('name', classics.HEADS)
+def test_scores_of_heads_equal_transformers(name, checkpoint, one_device, table):
+  peer, _, c, params = checkpoint(name)
+  ours, theirs = batches(c.model)
+  with torch.no_grad():
+    expected = classics.outputs(peer, **theirs).numpy()
+  weights, on = placed(c.model, params, common.mesh_of(1, 1, 1)), common.put(ours)
+  found = np.asarray(jax.jit(lambda p: heads.outputs(c.model, p, kinds.forward(c.model, p, on)))(weights))
+  assert found.shape == expected.shape and found.dtype == np.float32
+  assert np.abs(found - expected).max() <= 1e-5
+  table(name, outputs=f'{np.abs(found - expected).max():.1e}')
+
+
+def test_pairs_and_the_pooler_equal_transformers(checkpoint, one_device):
+  """BertForPreTraining: whether one text follows the other, beside the logits."""
+  peer, _, c, params = checkpoint('bert, pairs')
+  ours, theirs = batches(c.model)
+  with torch.no_grad():
+    expected = peer(**theirs).seq_relationship_logits.numpy()
+  weights, on = placed(c.model, params, common.mesh_of(1, 1, 1)), common.put(ours)
+  found = jax.jit(lambda p: heads.of_pairs(c.model, p, kinds.forward(c.model, p, on).pooled_BD))(weights)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
