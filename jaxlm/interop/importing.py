@@ -127,7 +127,8 @@ def write_arrays(folder: pathlib.Path, shapes: dict[str, tuple[int, ...]], items
   tree, arrays = {}, {}
   for path, shape in shapes.items():
     keys = ('params', *path.split('/'))
-    spec = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': str((folder / '.'.join(keys)).absolute())},
+    spec = {'driver': 'zarr', 'store_data_equal_to_fill_value': True,  # Orbax takes a chunk that is not there for damage
+            'kvstore': {'driver': 'file', 'path': str((folder / '.'.join(keys)).absolute())},
             'metadata': {'shape': shape, 'chunks': _chunks(path, shape), 'dtype': '<f4', 'fill_value': 0.,
                          'compressor': {'id': 'zstd', 'level': 1}}}
     arrays[path] = ts.open(spec, create=True, context=context).result()
