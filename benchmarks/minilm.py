@@ -65,8 +65,8 @@ def check(args) -> None:
   import jaxlm  # pylint: disable=g-import-not-at-top
   ours, theirs = jaxlm.load(args.workdir).embed(SENTENCES), torch_embed(args.folder)(SENTENCES)
   gap = np.abs(ours - theirs).max()
-  print(f'{len(SENTENCES)} vectors: the largest difference from transformers is {gap:.1e}; cosines of the first with the others: '
-        + ' '.join(f'{c:.4f}' for c in ours[1:] @ ours[0]))
+  print(f'{len(SENTENCES)} vectors: the largest difference from transformers is {gap:.1e}; cosines of the first with the '
+        'others: ' + ' '.join(f'{c:.4f}' for c in ours[1:] @ ours[0]))
   if gap > 1e-4 or ours.shape != theirs.shape:
     raise SystemExit('they differ')
 

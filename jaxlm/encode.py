@@ -44,7 +44,8 @@ def reader(lm) -> tokenizers.Tokenizer:
 
 def _batches(lm, texts: Sequence) -> Iterator[tuple[list[int], list[int], dict]]:
   """(which texts, how many tokens each has, the batch on the mesh), the texts sorted by length."""
-  if isinstance(texts, str) or not all(isinstance(t, str) or (len(t) == 2 and all(isinstance(s, str) for s in t)) for t in texts):
+  good = lambda t: isinstance(t, str) or (len(t) == 2 and all(isinstance(s, str) for s in t))
+  if isinstance(texts, str) or not all(map(good, texts)):
     raise UsageError('wants a list of texts, or of pairs of texts')
   encodings = lm.reader.encode_batch([t if isinstance(t, str) else tuple(t) for t in texts])
   order = sorted(range(len(texts)), key=lambda i: len(encodings[i].ids))
@@ -82,7 +83,7 @@ def embed(lm, texts: Sequence) -> np.ndarray:
   """See LM.embed."""
   m = lm.config.model
   if m.pool == 'none':
-    raise UsageError("model.pool='none': says no way to a vector of a text; import the encoder with --config.model.pool=mean or first")
+    raise UsageError("model.pool='none': says no way to a vector of a text; import it with --config.model.pool=mean or first")
   out_BD = np.zeros((len(texts), m.D), np.float32)
   with jax.set_mesh(lm.mesh):
     for rows, _, batch in _batches(lm, texts):

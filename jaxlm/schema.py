@@ -109,8 +109,8 @@ class ModelConfig:
   logit_cap: float = 0.     # as attention_cap, of the logits
   logit_scale: float = 1.   # × logits (T5 with tied embeddings: 1/√D)
   output_bias: bool = False # a bias of the logits
-  head: str = 'lm'          # lm | mlm (logits, of hidden states as they are or through BERT's transform) | none (hidden states) |
-                            # classify (C scores a text) | tag | span (C scores a token, span's those of both ends)
+  head: str = 'lm'          # what is made of hidden states: lm | mlm (logits; mlm through BERT's transform) | none | classify
+                            # (C scores of a text) | tag | span (C scores of a token; span's: of either end)
   pooler: bool = False      # BERT's: a dense layer and tanh of the first token
   pool: str = 'none'        # LM.embed's vector of a text: none | mean | first (hidden state), and
   normalize: bool = False   # … of length 1

@@ -97,7 +97,8 @@ def _model(m, need) -> None:
   need((m.head == 'lm') == (m.kind != 'encoder'), 'model.head',
        'an encoder wants mlm, none, classify, tag or span' if m.kind == 'encoder' else f'model.kind={m.kind} wants lm')
   if m.head in ('classify', 'tag', 'span'):
-    need(m.C == 2 if m.head == 'span' else m.C > 0, 'model.C', f'head={m.head} wants {"2: both ends" if m.head == "span" else "its classes"}')
+    need(m.C == 2 if m.head == 'span' else m.C > 0, 'model.C',
+         f'head={m.head} wants {"2: both ends" if m.head == "span" else "its classes"}')
   need(m.head != 'classify' or m.pooler, 'model.pooler', 'head=classify scores what model.pooler makes: set True')
   need(m.pool == 'none' or m.kind == 'encoder', 'model.pool', 'only an encoder makes vectors of texts: set none')
   need(m.norm_place != 'after' or not m.parallel, 'model.norm_place', 'parallel layers have no norm after them')

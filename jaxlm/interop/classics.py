@@ -7,7 +7,8 @@ from jaxlm.interop import pieces
 from jaxlm.interop.mapping import Family, Row
 from jaxlm.schema import ModelConfig
 
-ACTIVATIONS = {'gelu': 'gelu_exact', 'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'relu': 'relu', 'silu': 'silu', 'swish': 'silu'}
+ACTIVATIONS = {'gelu': 'gelu_exact', 'gelu_new': 'gelu', 'gelu_pytorch_tanh': 'gelu', 'relu': 'relu',
+               'silu': 'silu', 'swish': 'silu'}
 FEEDS = {'gated-gelu': 'geglu', 'gated-silu': 'swiglu', **ACTIVATIONS}  # T5's gelu is the tanh approximation when gated
 HEADS = {'Model': 'none', 'ForMaskedLM': 'mlm', 'ForPreTraining': 'mlm', 'ForSequenceClassification': 'classify',
          'ForTokenClassification': 'tag', 'ForQuestionAnswering': 'span'}
@@ -25,7 +26,8 @@ def _norm(theirs: str, ours: str) -> tuple[Row, ...]:
 
 def _attention(theirs: str, ours: str, names: tuple[str, ...]) -> tuple[Row, ...]:
   """names: of the projections to queries, keys, values and out of them."""
-  specs = (('q', 'DHK>(HK)D', 'HK>(HK)'), ('k', 'DGK>(GK)D', 'GK>(GK)'), ('v', 'DGK>(GK)D', 'GK>(GK)'), ('o', 'HKD>D(HK)', 'D>D'))
+  specs = (('q', 'DHK>(HK)D', 'HK>(HK)'), ('k', 'DGK>(GK)D', 'GK>(GK)'),
+           ('v', 'DGK>(GK)D', 'GK>(GK)'), ('o', 'HKD>D(HK)', 'D>D'))
   return sum((_linear(theirs + name, f'{ours}/{x}', w, bias) for name, (x, w, bias) in zip(names, specs)), ())
 
 
@@ -33,7 +35,8 @@ def _mlp(up: str, down: str, ours: str) -> tuple[Row, ...]:
   return _linear(up, f'{ours}/up', 'DF>FD', 'F>F') + _linear(down, f'{ours}/down', 'FD>DF', 'D>D')
 
 
-def _bert_rows(body: str, transform: tuple[str, str], logits: str, pooler: tuple[Row, ...], classes: dict[str, str]) -> tuple[Row, ...]:
+def _bert_rows(body: str, transform: tuple[str, str], logits: str, pooler: tuple[Row, ...],
+               classes: dict[str, str]) -> tuple[Row, ...]:
   """transform: its dense layer and its norm; logits: what the output matrix and its bias are under; classes: of each head."""
   at, dense, norm = f'{body}encoder.layer.{{n}}.', *transform
   tables = {'word_embeddings': {'embed': 'VD>VD'}, 'position_embeddings': {'positions': 'PD>PD'},
@@ -67,7 +70,8 @@ def _t5_stack(body: str, ours: str, feed: int) -> tuple[Row, ...]:
 def _bart_stack(body: str, ours: str) -> tuple[Row, ...]:
   at, its, names = f'{body}layers.{{n}}.', f'{ours}layers/', ('q_proj', 'k_proj', 'v_proj', 'out_proj')
   return (_attention(at + 'self_attn.', its + 'attention', names) + _norm(at + 'self_attn_layer_norm', its + 'norm1')
-          + _attention(at + 'encoder_attn.', its + 'memory_attention', names) + _norm(at + 'encoder_attn_layer_norm', its + 'norm_memory')
+          + _attention(at + 'encoder_attn.', its + 'memory_attention', names)
+          + _norm(at + 'encoder_attn_layer_norm', its + 'norm_memory')
           + _mlp(at + 'fc1', at + 'fc2', its + 'mlp') + _norm(at + 'final_layer_norm', its + 'norm2')
           + (Row(body + 'embed_positions.weight', {ours + 'positions': 'PD>PD'}),)
           + _norm(body + 'layernorm_embedding', ours + 'embed_norm'))
@@ -100,7 +104,8 @@ def _head(name: str, *without: str):
     said = next(iter(hf.get('architectures') or []), '')
     kind = said.removeprefix(name)
     if not said.startswith(name) or kind not in kinds:
-      raise UsageError(f'config.json: architectures={hf.get("architectures")!r}: wants one of {", ".join(name + k for k in kinds)}')
+      raise UsageError(
+          f'config.json: architectures={hf.get("architectures")!r}: wants one of {", ".join(name + k for k in kinds)}')
     head = kinds[kind]
     labels = len(hf['id2label']) if hf.get('id2label') else hf.get('num_labels') or 2
     return {'head': head, 'C': labels if head in ('classify', 'tag', 'span') else 2 if kind == 'ForPreTraining' else 0,
@@ -108,9 +113,11 @@ def _head(name: str, *without: str):
             'output_bias': head == 'mlm', 'tied': head != 'mlm' or bool(hf.get('tie_word_embeddings', True))}
 
   def write(m: ModelConfig):
-    fitting = [kind for kind, head in kinds.items() if head == m.head and (head != 'mlm' or (kind == 'ForPreTraining') == bool(m.C))]
+    fitting = [kind for kind, head in kinds.items()
+               if head == m.head and (head != 'mlm' or (kind == 'ForPreTraining') == bool(m.C))]
     labels = {str(c): f'LABEL_{c}' for c in range(m.C)}
-    return {'architectures': [name + (fitting or ['ForMaskedLM'])[0]], 'tie_word_embeddings': m.tied, 'add_pooling_layer': m.pooler,
+    return {'architectures': [name + (fitting or ['ForMaskedLM'])[0]], 'tie_word_embeddings': m.tied,
+            'add_pooling_layer': m.pooler,
             **({} if m.head == 'mlm' or not m.C else {'id2label': labels, 'label2id': {v: int(k) for k, v in labels.items()}})}
   return read, write
 
@@ -129,7 +136,8 @@ def _settle_t5(config: dict, names: set[str]) -> dict:
   """transformers 5 writes tie_word_embeddings=true of T5 v1.1 too, beside an output matrix of its own where there is one."""
   tied = config.get('tie_word_embeddings', True)
   scaled = config.get('scale_decoder_outputs', tied)
-  return {**config, 'scale_decoder_outputs': scaled, 'tie_word_embeddings': bool((tied and scaled) or 'lm_head.weight' not in names)}
+  return {**config, 'scale_decoder_outputs': scaled,
+          'tie_word_embeddings': bool((tied and scaled) or 'lm_head.weight' not in names)}
 
 
 def _settle_bart(config: dict, names: set[str]) -> dict:
@@ -151,7 +159,8 @@ def _first_position():
 
 
 def _t5():
-  sizes = {'d_model': 'D', 'num_heads': 'H', 'd_kv': 'K', 'd_ff': 'F', 'num_layers': 'encoder_N', 'layer_norm_epsilon': 'norm_eps',
+  sizes = {'d_model': 'D', 'num_heads': 'H', 'd_kv': 'K', 'd_ff': 'F', 'num_layers': 'encoder_N',
+           'layer_norm_epsilon': 'norm_eps',
            'relative_attention_num_buckets': 'relative.buckets', 'relative_attention_max_distance': 'relative.distance'}
 
   def read(hf):
@@ -163,7 +172,8 @@ def _t5():
     return {'num_decoder_layers': m.N, 'tie_word_embeddings': m.tied, 'scale_decoder_outputs': m.logit_scale != 1}
   ours = {'kind': 'seq2seq', 'norm': 'rms', 'position': 'relative', 'attention_scale': 1., 'bias': 'none'}
   return (pieces.keys(sizes, relative_attention_num_buckets=32, relative_attention_max_distance=128, layer_norm_epsilon=1e-6),
-          pieces.vocabulary(), (read, write), _activation('feed_forward_proj', FEEDS), pieces.fixed({'is_encoder_decoder': True}, ours))
+          pieces.vocabulary(), (read, write), _activation('feed_forward_proj', FEEDS),
+          pieces.fixed({'is_encoder_decoder': True}, ours))
 
 
 def _bart(position: str, embed_norm: bool, theirs: dict):
@@ -175,7 +185,8 @@ def _bart(position: str, embed_norm: bool, theirs: dict):
   def read(hf):
     for name in ('attention_heads', 'ffn_dim'):
       if hf[f'decoder_{name}'] != hf[f'encoder_{name}']:
-        raise UsageError(f'config.json: decoder_{name}={hf[f"decoder_{name}"]!r}: wants that of the encoder, {hf[f"encoder_{name}"]!r}')
+        raise UsageError(
+            f'config.json: decoder_{name}={hf[f"decoder_{name}"]!r}: wants that of the encoder, {hf[f"encoder_{name}"]!r}')
     learned = {'P': hf['max_position_embeddings'] + offset, 'first_position': offset} if position == 'learned' else {}
     return {'K': hf['d_model'] // hf['encoder_attention_heads'], 'G': hf['encoder_attention_heads'],
             'output_bias': bool(hf.get('final_logits_bias', True)), **learned}
@@ -199,13 +210,14 @@ CLASSICS = {  # by config.json's model_type
         _bert_rows('bert.', ('cls.predictions.transform.dense', 'cls.predictions.transform.LayerNorm'), 'cls.predictions',
                    _pooler('bert.pooler.dense'),
                    {'mlm': 'cls.seq_relationship', 'classify tag': 'classifier', 'span': 'qa_outputs'}),
-        _bert('Bert'), r'embeddings\.position_ids$|cls\.predictions\.decoder\.(weight|bias)$', 'bert.', _OLD_NORMS, _settle_bert('bert.')),
+        _bert('Bert'), r'embeddings\.position_ids$|cls\.predictions\.decoder\.(weight|bias)$',
+        'bert.', _OLD_NORMS, _settle_bert('bert.')),
     'roberta': Family(
         'RobertaModel',
         _bert_rows('roberta.', ('lm_head.dense', 'lm_head.layer_norm'), 'lm_head',
                    _pooler('roberta.pooler.dense', 'mlm none tag span') + _pooler('classifier.dense', 'classify'),
                    {'classify': 'classifier.out_proj', 'tag': 'classifier', 'span': 'qa_outputs'}),
-        _bert('Roberta', _first_position(), without=('ForPreTraining',), activations={'gelu': 'gelu_exact'}),  # its head's is always
+        _bert('Roberta', _first_position(), without=('ForPreTraining',), activations={'gelu': 'gelu_exact'}),  # its head's
         r'embeddings\.position_ids$|lm_head\.decoder\.(weight|bias)$', 'roberta.', _OLD_NORMS, _settle_bert('roberta.')),
     't5': Family('T5ForConditionalGeneration', T5_ROWS, _t5(),
                  _TIED + r'|EncDecAttention\.relative_attention_bias\.weight$', settle=_settle_t5),

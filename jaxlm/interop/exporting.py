@@ -150,9 +150,11 @@ def parity(lm, folder: pathlib.Path, dtype: str) -> dict:
     kind = getattr(transformers, config['architectures'][0])
     peer = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation='eager').eval()
     ids = lambda a: torch.tensor(a, dtype=torch.long)
-    batch = {'input_ids': ids(tokens_BL)} if inputs_BM is None else {'input_ids': ids(inputs_BM), 'decoder_input_ids': ids(tokens_BL)}
+    batch = {} if m.kind == 'encoder' else {'use_cache': False}
+    batch |= ({'input_ids': ids(tokens_BL)} if inputs_BM is None else
+              {'input_ids': ids(inputs_BM), 'decoder_input_ids': ids(tokens_BL)})
     with torch.no_grad():
-      said = peer(**batch, **({} if m.kind == 'encoder' else {'use_cache': False}))
+      said = peer(**batch)
     names = ('start_logits', 'end_logits') if m.head == 'span' else ('prediction_logits', 'logits', 'last_hidden_state')
     found = [said[name].numpy() for name in names if name in said]
     theirs = np.stack(found, -1) if m.head == 'span' else found[0]

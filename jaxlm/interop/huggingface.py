@@ -128,12 +128,12 @@ class Folder:
     file = self.path / 'sentence_bert_config.json'
     length = (read_json(file).get('max_seq_length') if file.is_file() else 0) or 0
     if type(length) is not int or length < 0:
-      raise UsageError(f'{file}: max_seq_length={length!r} is no count')
+      raise UsageError(f'{file.name}: max_seq_length={length!r} is no count')
     return length
 
   def sentence_vector(self) -> dict:
-    """How sentence-transformers makes a vector of hidden states, as {'pool': …, 'normalize': …} of our model keys; {} if the
-    folder does not say. UsageError for a way that is not known here."""
+    """How sentence-transformers makes a vector of hidden states, as {'pool': …, 'normalize': …} of our model keys; {}
+    if the folder does not say. UsageError for a way that is not known here."""
     file = self.path / 'modules.json'
     if not file.is_file():
       return {}
@@ -146,12 +146,13 @@ class Folder:
         said = read_json(pooling)
         modes = [key for key, on in said.items() if key.startswith('pooling_mode_') and on is True]
         if modes not in [[mode] for mode in POOLING]:
-          raise UsageError(f'{pooling}: {" and ".join(modes) or "no pooling_mode"}: known is one of {", ".join(POOLING)}')
+          raise UsageError(
+              f'1_Pooling/config.json: {" and ".join(modes) or "no pooling_mode"}: known is one of {", ".join(POOLING)}')
         out['pool'] = POOLING[modes[0]]
       elif kind == 'Normalize':
         out['normalize'] = True
       elif kind != 'Transformer':
-        raise UsageError(f'{file}: {kind!r}: known are Transformer, Pooling and Normalize')
+        raise UsageError(f'{file.name}: {kind!r}: known are Transformer, Pooling and Normalize')
     return out
 
 

@@ -40,15 +40,18 @@ def config_of(source, tokenizer: Tokenizer, tokenizer_file: pathlib.Path, vocab_
       raise UsageError(f'config.json: {layers} layers (num_hidden_layers) are more than its {len(source.names())} tensors')
     model = convert.to_model(source.family, source.config)
     P = model.get('P')
-    reach = (P - model.get('first_position', 0) if type(P) is int else P) or source.config.get('max_position_embeddings') or LENGTH
+    positions = P - model.get('first_position', 0) if type(P) is int else P
+    reach = positions or source.config.get('max_position_embeddings') or LENGTH
     if type(reach) is not int:
       raise UsageError(f'config.json: max_position_embeddings={reach!r} is no count')
     kind = model.get('kind', 'decoder')
     length = min(reach, LENGTH, source.sentence_length() or LENGTH if kind == 'encoder' else LENGTH)
     ends, starts = source.ends(), source.starts() if kind == 'seq2seq' else []
-    strange = [i for i in ends + starts if type(i) is not int or not 0 <= i < tokenizer.vocab_size or tokenizer.text_of(i) is None]
+    strange = [i for i in ends + starts
+               if type(i) is not int or not 0 <= i < tokenizer.vocab_size or tokenizer.text_of(i) is None]
     if strange:
-      raise UsageError(f'{"eos" if strange[0] in ends else "decoder_start"}_token_id={strange[0]!r} is no token of its tokenizer')
+      raise UsageError(
+          f'{"eos" if strange[0] in ends else "decoder_start"}_token_id={strange[0]!r} is no token of its tokenizer')
     if kind == 'encoder':
       model |= source.sentence_vector()
     values = {**{f'model.{k}': v for k, v in model.items()}, **objective_of(model, length), 'length': length, 'loss.chunks': 1,
