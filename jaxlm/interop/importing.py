@@ -21,6 +21,7 @@ from jaxlm.schema import Config
 
 CHUNK = 4 * 2 ** 20  # elements of a zarr chunk: what is written at a time
 LENGTH = 2048        # of imported models: what eval takes for its context, if the model reaches that far
+SOURCE = 512         # tokens that T5, whose positions have no end, was trained to read
 LAYERS = ('num_hidden_layers', 'n_layer', 'num_layers', 'num_decoder_layers', 'encoder_layers', 'decoder_layers')
 VAST = 2 ** 24       # no model has a size above it; and rope makes an array of a head's size before tensors are looked at
 
@@ -75,7 +76,9 @@ def objective_of(model: dict, length: int) -> dict:
   """Keys of an objective that a model of this kind can be trained on further, T5's with its own (`model`: our keys)."""
   kind = model.get('kind', 'decoder')
   if kind == 'seq2seq':
-    return {'objective.name': 'spans' if model.get('position') == 'relative' else 'prefix', 'objective.source': length}
+    if model.get('position') == 'relative':
+      return {'objective.name': 'spans', 'objective.source': min(length, SOURCE)}
+    return {'objective.name': 'prefix', 'objective.source': length}
   return {'objective.name': 'mask'} if kind == 'encoder' else {}
 
 
