@@ -1,4 +1,5 @@
 """Texts through an encoder: the scores of its head, and vectors of texts."""
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -23,6 +24,7 @@ def _scores(cfg, params, batch):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _vectors(cfg, params, batch):
+  cfg = dataclasses.replace(cfg, head='none')  # hidden states as they are before a head
   return heads.vectors(cfg, kinds.forward(cfg, params, batch).x_BLD, batch['segments'] > 0)
 
 
@@ -49,7 +51,8 @@ def _batches(lm, texts: Sequence) -> Iterator[tuple[list[int], list[int], dict]]
     raise UsageError('wants a list of texts, or of pairs of texts')
   encodings = lm.reader.encode_batch([t if isinstance(t, str) else tuple(t) for t in texts])
   order = sorted(range(len(texts)), key=lambda i: len(encodings[i].ids))
-  size = -(-min(ROWS, len(texts)) // lm.rows_multiple) * lm.rows_multiple
+  count = min(ROWS, 1 << max(0, len(texts) - 1).bit_length())  # few sizes too
+  size = -(-count // lm.rows_multiple) * lm.rows_multiple
   for at in range(0, len(order), size):
     rows = order[at:at + size]
     lengths = [len(encodings[i].ids) for i in rows]

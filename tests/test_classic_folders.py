@@ -48,13 +48,13 @@ TOKENIZERS = {'bert': wordpiece('[CLS]', '[SEP]', '[CLS] $A [SEP] $B:1 [SEP]:1')
               'roberta': wordpiece('<s>', '</s>', '<s> $A </s> </s> $B </s>')}
 
 
-def imported(name, folder, **changes):
+def imported(name, folder, *overrides):
   """(the model in transformers, what encodes for it, ours) by a folder with a tokenizer."""
-  peer = classics.make(name, **changes)
+  peer = classics.make(name)
   peer.save_pretrained(folder / 'hf')
   kind = peer.config.model_type
   (folder / 'hf' / 'tokenizer.json').write_text(TOKENIZERS[kind if kind in TOKENIZERS else 'roberta'], encoding='utf-8')
-  importing.run(str(folder / 'hf'), folder / 'run', None, 1, [], lambda text: None)
+  importing.run(str(folder / 'hf'), folder / 'run', None, 1, overrides, lambda text: None)
   return peer, transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / 'hf' / 'tokenizer.json'), pad_token='[PAD]',
                                                     clean_up_tokenization_spaces=False), jaxlm.load(folder / 'run')
 
@@ -126,6 +126,31 @@ def test_vectors_of_texts_are_pooled_as_the_folder_says(name, mode, normalize, t
     assert json.loads((tmp_path / 'out' / file).read_text()) == json.loads((tmp_path / 'hf' / file).read_text())
   importing.run(str(tmp_path / 'out'), tmp_path / 'again', None, 1, [], lambda text: None)
   np.testing.assert_array_equal(jaxlm.load(tmp_path / 'again').embed(TEXTS), found)
+
+
+def test_vectors_of_an_encoder_with_a_head_are_of_what_is_before_it(tmp_path):
+  peer, encode, lm = imported('bert', tmp_path, ('model.pool', 'mean'))
+  batch = encoded(encode, peer, TEXTS, lm.config.length)
+  with torch.no_grad():
+    hidden = peer.bert(**batch).last_hidden_state
+  mask = batch['attention_mask'][..., None].float()
+  np.testing.assert_allclose(lm.embed(TEXTS), ((hidden * mask).sum(1) / mask.sum(1)).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize('head', ['classify', 'tag'])
+def test_scores_and_vectors_are_the_same_on_a_mesh_and_for_any_company(head):
+  """Also with a tokenizer whose template closes no text, and for more texts than go through at once."""
+  changes = {'model.head': head, 'model.C': 3, 'model.pool': 'mean', 'objective.name': 'mask'}
+  lm, texts = make_lm('bert', **changes), [*TEXTS, *(f'text {n}' for n in range(33))]
+  assert lm.reader.encode('ab').ids == [lm.tokenizer.cls, *lm.tokenizer.encode('ab'), lm.tokenizer.sep]
+  alone = [lm.scores([t])[0] for t in texts[:5]]
+  for sizes in ((1, 1, 1), (2, 2, 2)):
+    other = make_lm('bert', sizes, **changes)
+    np.testing.assert_allclose(other.embed(texts), lm.embed(texts), atol=1e-5)
+    found = other.scores(texts)
+    for a, b in zip(alone, found):
+      np.testing.assert_allclose(b[:len(a)] if head == 'tag' else b, a, atol=1e-5)
+  assert lm.embed([]).shape == (0, lm.config.model.D) and lm.scores([]).shape[0] == 0
 
 
 @pytest.mark.parametrize('name', classics.ALL)
