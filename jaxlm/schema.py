@@ -124,10 +124,12 @@ class ModelConfig:
   logit_cap: float = 0.     # as attention_cap, of the logits
   logit_scale: float = 1.   # × logits (T5 with tied embeddings: 1/√D)
   output_bias: bool = False # a bias of the logits
-  head: str = 'lm'          # what hidden states go through: lm (nothing) | mlm (BERT's transform) | none of them is logits:
-                            # classify | tag | span (models/heads.py)
+  head: str = 'lm'          # what is made of hidden states: lm | mlm (logits; mlm through BERT's transform) | none | classify
+                            # (C scores of a text) | tag | span (C scores of a token; span's: of either end)
   pooler: bool = False      # BERT's: a dense layer and tanh of the first token
-  mlp: str = 'swiglu'       # swiglu | geglu (gated) | gelu (both by the tanh approximation) | gelu_exact | relu
+  pool: str = 'none'        # LM.embed's vector of a text: none | mean | first (hidden state), and
+  normalize: bool = False   # … of length 1
+  mlp: str = 'swiglu'       # swiglu | geglu (gated) | gelu (both by the tanh approximation) | gelu_exact | relu | silu
   parallel: bool = False    # attention and mlp both read the block's input (GPT-NeoX)
   bias: str = 'none'        # in projections: none | all | qkv | not_qkv; layer norms have one unless none
   tied: bool = True         # the output matrix is the embedding
@@ -207,6 +209,8 @@ class DataConfig:
   heldout: float = 0.05     # share of documents, by hash of their name, never trained on
   tokenizer: str = 'bpe:4096'  # bpe:SIZE (trained on the documents) | bytes | a tokenizer.json | start (start.checkpoint's)
   stop: str = ''            # tokens that end a generated text besides the boundary, by name, with spaces between
+  start: str = ''           # the token, by name, that a decoder beside an encoder begins with, which then reads all of the
+                            # prompt; '': as it was trained (decoding.py)
   cache: str = ''           # a folder; '' is data/ in the workdir
   key: str = 'text'         # the field that holds the text: jsonl, arrayrecord, tfds
   target: str = ''          # the field that holds its answer (objective answer); '': texts have none
@@ -253,7 +257,7 @@ class Config:
 # What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
 # from the same state and data, except `steps`, which people raise to train on.
 FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|mesh\..*|checkpoint\..*|start\..*|'
-                  r'data\.(cache|stop)|microbatches|loss\.chunks|model\.(attention|remat|scan))$')
+                  r'data\.(cache|stop|start)|microbatches|loss\.chunks|model\.(attention|remat|scan|pool|normalize))$')
 
 
 # What of a model is about training it, and not about which function its parameters are.

@@ -9,9 +9,10 @@ CHOICES = {
     'model.kind': ('decoder', 'encoder', 'seq2seq', 'rnn', 'rnn_seq2seq', 'ngram'),
     'model.norm': ('rms', 'layer'), 'model.norm_place': ('pre', 'post', 'both', 'after'),
     'model.qk_norm': ('none', 'head', 'all'), 'model.position': ('rope', 'learned', 'sinusoidal', 'relative', 'none'),
-    'model.head': ('lm', 'mlm'), 'model.rnn.cell': ('lstm', 'gru'), 'model.rnn.attention': ('none', 'bahdanau', 'luong'),
+    'model.head': ('lm', 'mlm', 'none', 'classify', 'tag', 'span'), 'model.pool': ('none', 'mean', 'first'),
+    'model.rnn.cell': ('lstm', 'gru'), 'model.rnn.attention': ('none', 'bahdanau', 'luong'),
     'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs', 'answer'), 'data.order': ('shuffled', 'contiguous'),
-    'model.mlp': ('swiglu', 'geglu', 'gelu', 'gelu_exact', 'relu'), 'model.bias': ('none', 'all', 'qkv', 'not_qkv'),
+    'model.mlp': ('swiglu', 'geglu', 'gelu', 'gelu_exact', 'relu', 'silu'), 'model.bias': ('none', 'all', 'qkv', 'not_qkv'),
     'model.dtype': ('float32', 'bfloat16'), 'model.attention': ('auto', 'dot_product', 'blocked', 'plain'),
     'model.remat': ('none', 'dots', 'full'), 'model.rope.scaling': ('none', 'linear', 'llama3', 'yarn'),
     'model.moe.score': ('softmax', 'sigmoid'), 'model.moe.dispatch': ('dropless', 'capacity'),
@@ -83,7 +84,6 @@ def _objective(c: Config, need) -> None:
   if o.name == 'pairs':
     need(m.pooler and m.T == 2 and m.C == 2, 'model.pooler', 'pairs want model.pooler=True, model.T=2 and model.C=2')
     need(c.length >= 8, 'length', 'pairs want 8 or more')
-  need(m.kind != 'encoder' or m.head == 'mlm', 'model.head', 'an encoder is trained with head=mlm')
   need(c.data.order == 'shuffled' or m.kind == 'rnn', 'data.order', f'model.kind={m.kind} remembers nothing from step to step')
   reach = max(c.length, o.source) + m.first_position
   need(m.position != 'learned' or m.P >= reach, 'model.P', f'learned positions must cover {reach}')
@@ -100,6 +100,13 @@ def _model(m, need) -> None:
        'wants the tokens that the words first and summary of model.pattern mean, and 0 without them')
   need('summary' not in words or m.first <= m.window, 'model.first', f'is more than a block, model.window={m.window}')
   need((m.encoder_N > 0) == (m.kind == 'seq2seq'), 'model.encoder_N', 'wants the layers of a seq2seq\'s encoder, 0 for all others')
+  need((m.head == 'lm') == (m.kind != 'encoder'), 'model.head',
+       'an encoder wants mlm, none, classify, tag or span' if m.kind == 'encoder' else f'model.kind={m.kind} wants lm')
+  if m.head in ('classify', 'tag', 'span'):
+    need(m.C == 2 if m.head == 'span' else m.C > 0, 'model.C',
+         f'head={m.head} wants {"2: both ends" if m.head == "span" else "its classes"}')
+  need(m.head != 'classify' or m.pooler, 'model.pooler', 'head=classify scores what model.pooler makes: set True')
+  need(m.pool == 'none' or m.kind == 'encoder', 'model.pool', 'only an encoder makes vectors of texts: set none')
   need(m.norm_place != 'after' or not m.parallel, 'model.norm_place', 'parallel layers have no norm after them')
   need(m.norm == 'rms' or m.norm_offset == 0, 'model.norm_offset', 'only norm=rms has an offset; set 0')
   need(m.position == 'rope' or not m.mla.kv, 'model.position', 'latent attention (model.mla) carries positions by rope')

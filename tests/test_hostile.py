@@ -55,7 +55,7 @@ HOSTILE = {  # what is done to the folder, and what the line must name
     'only a model_type': (change('config.json', lambda c: {'model_type': 'llama'}), 'config.json: has no hidden_size'),
     **{f'{key}={str(value)[:20]}': (config_with(key, value), match) for key, value, match in [
         ('vocab_size', 'gone', 'config.json: .*vocab_size'), ('vocab_size', 200, 'tokenizer has 257 tokens.*200'),
-        ('model_type', 'bert', "config.json: model_type='bert'"), ('model_type', ['llama'], 'config.json: model_type'),
+        ('model_type', 'xlnet', "config.json: model_type='xlnet'"), ('model_type', ['llama'], 'config.json: model_type'),
         ('model_type', 'gemma3', 'config.json: has no text_config'), ('num_attention_heads', 0, 'model.H'),
         ('hidden_size', 'wide', 'model.D'), ('hidden_size', 32.5, 'model.D'), ('hidden_size', -32, 'model.D'),
         ('hidden_size', 10 ** 15, 'model.D'), ('head_dim', 10 ** 9, 'model.K'), ('rms_norm_eps', 10 ** 400, 'config.json'),

@@ -16,6 +16,9 @@ from jaxlm.optimizer import path_of
 from jaxlm.schema import FREE, TRAINING, ModelConfig, flatten
 
 
+VOCABULARY = ('embed', 'unembed', 'unembed_bias')  # arrays with a row a token
+
+
 def to_model(family: Family, hf: dict) -> dict:
   """config.json → {'D': 256, 'rope.base': …}, our model keys. UsageError for what no field of ours says."""
   out = {}
@@ -50,13 +53,14 @@ def _written(model_type: str, m: ModelConfig) -> tuple[dict, list[str]]:
   for _, write in family.pieces:
     out |= write(m)
   back, mine = flatten(dataclasses.replace(ModelConfig(), V=m.V)), flatten(m)
-  back |= to_model(family, out)
+  written = {'architectures': [family.architecture], 'model_type': model_type, **out}
+  back |= to_model(family, written)
   lost = [f'model.{key}={value!r}' for key, value in mine.items()
           if key not in ('V', 'vocab') and not any(r.match(f'model.{key}') for r in (FREE, TRAINING))
           and not _same(back[key], value)]
   if not lost:
-    lost = [f'the weights {path}' for path in uncovered(family.rows, shapes(m))[:1]]
-  return {'architectures': [family.architecture], 'model_type': model_type, **out}, lost
+    lost = [f'the weights {path}' for path in uncovered(family.rows_of(m), shapes(m))[:1]]
+  return written, lost
 
 
 def _same(a, b) -> bool:
@@ -68,7 +72,7 @@ def shapes(m: ModelConfig) -> dict[str, tuple[int, ...]]:
   mesh = AbstractMesh((1,) * len(layout.AXES), layout.AXES, axis_types=(AxisType.Explicit,) * len(layout.AXES))
   with jax.sharding.use_abstract_mesh(mesh):
     leaves = jax.tree_util.tree_leaves_with_path(kinds.abstract_params(m))
-  cut = lambda path, shape: (m.vocab or m.V, *shape[1:]) if path in ('embed', 'unembed') else shape
+  cut = lambda path, shape: (m.vocab or m.V, *shape[1:]) if path in VOCABULARY else shape
   return {path_of(p): cut(path_of(p), a.shape) for p, a in leaves}
 
 
@@ -79,12 +83,12 @@ def read(source, m: ModelConfig) -> Iterator[tuple[str, tuple, np.ndarray]]:
   source: path, names(), shape(name), blocks(name), family. UsageError for a tensor that is missing, of another shape, or
   unknown; nothing is read before all of them are known to be there.
   """
-  ours = shapes(m)
-  missing = uncovered(source.family.rows, ours)
+  ours, rows_of_it = shapes(m), source.family.rows_of(m)
+  missing = uncovered(rows_of_it, ours)
   if missing:
     raise UsageError(f'{source.path}: this family has no tensor for {missing[0]}')
   everything = []
-  for unit in units(source.family.rows, m, ours):  # a config can ask for more tensors than there is memory to list
+  for unit in units(rows_of_it, m, ours):  # a config can ask for more tensors than there is memory to list
     if (shape := source.shape(unit.theirs)) != unit.shape:
       raise UsageError(f'{source.path}: {unit.theirs} is {list(shape)}, where its config wants {list(unit.shape)}')
     everything.append(unit)
@@ -106,9 +110,10 @@ def read(source, m: ModelConfig) -> Iterator[tuple[str, tuple, np.ndarray]]:
 
 def write(model_type: str, m: ModelConfig, get) -> Iterator[tuple[str, np.ndarray]]:
   """(name, tensor) of a checkpoint of the family; get(path, index) → our float32 array there."""
-  for unit in units(FAMILIES[model_type].rows, m, shapes(m)):
+  family = FAMILIES[model_type]
+  for unit in units(family.rows_of(m), m, shapes(m)):
     pieces = []
     for part in unit.parts:
       array = get(part.path, part.index)
-      pieces.append(array[:m.vocab or m.V] if part.path in ('embed', 'unembed') else array)
-    yield unit.theirs, unit.to_theirs(pieces)
+      pieces.append(array[:m.vocab or m.V] if part.path in VOCABULARY else array)
+    yield family.stored(m, unit.theirs), unit.to_theirs(pieces)

@@ -1,4 +1,4 @@
-"""`jaxlm export`: a model of ours → a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
+"""`jaxlm export`: a model of ours → a folder that transformers' class for it and AutoTokenizer load.
 
 The folder is complete or not there: it is written beside its name and renamed at the end, with parity.json, which says
 how far the logits of what was written are from ours.
@@ -16,9 +16,10 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from jaxlm.decoding import start_of
 from jaxlm.errors import UsageError
 from jaxlm.interop import convert
-from jaxlm.interop.huggingface import Folder
+from jaxlm.interop.huggingface import POOLING, Folder, read_json
 from jaxlm.metrics import say
 
 SHARD = 4 * 10 ** 9  # bytes of a safetensors file
@@ -35,21 +36,29 @@ def run(lm, out: pathlib.Path, family: str | None, dtype: str) -> dict:
   family = family or convert.family_of(m)
   config = convert.to_config_json(family, m)
   ends = sorted(lm.stop_ids, key=lambda i: i == lm.tokenizer.boundary)
-  reach = max(lm.config.length, m.P, round(m.rope.original * m.rope.factor))
-  config = {'max_position_embeddings': reach, **config, 'bos_token_id': lm.tokenizer.opening, 'eos_token_id': ends,
-            'pad_token_id': None, 'dtype': dtype}
+  reach = max(lm.config.length, lm.config.objective.source, m.P - m.first_position, round(m.rope.original * m.rope.factor))
+  special = _special(lm)
+  config = {'max_position_embeddings': reach, 'pad_token_id': special['pad'], **config, 'bos_token_id': lm.tokenizer.opening,
+            'eos_token_id': ends, 'dtype': dtype}
+  said = {'bos_token_id': config['bos_token_id'], 'eos_token_id': ends}
+  if m.kind == 'seq2seq' and start_of(lm):
+    said |= {'decoder_start_token_id': start_of(lm)[0], 'pad_token_id': config['pad_token_id']}
+  config |= said
   temporary = out.with_name(out.name + '.writing')
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
   try:
     _write_tensors(temporary, convert.write(family, m, functools.partial(_get, lm.params)), dtype)
     _write_json(temporary / 'config.json', config)
-    _write_json(temporary / 'generation_config.json', {'bos_token_id': config['bos_token_id'], 'eos_token_id': ends})
+    _write_json(temporary / 'generation_config.json', said)
     (temporary / 'tokenizer.json').write_text(lm.tokenizer.json, encoding='utf-8')
     name = lambda i: lm.tokenizer.text_of(i)
     _write_json(temporary / 'tokenizer_config.json', {
         'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': name(lm.tokenizer.opening), 'eos_token': name(ends[0]),
+        **{f'{kind}_token': name(i) for kind, i in special.items() if i is not None},
+        'model_input_names': ['input_ids', *(['token_type_ids'] if m.T > 1 else []), 'attention_mask'],
         'model_max_length': reach, 'clean_up_tokenization_spaces': False})
+    _write_sentence_files(temporary, lm)
     report = parity(lm, temporary, dtype)
     _write_json(temporary / 'parity.json', report)
     temporary.rename(out)
@@ -60,12 +69,36 @@ def run(lm, out: pathlib.Path, family: str | None, dtype: str) -> dict:
   return report
 
 
+def _special(lm) -> dict[str, int | None]:
+  """Tokens that encoders and encoder-decoders name: {'pad': 0, …}; 'pad' is None where there is none, and of a decoder."""
+  if lm.config.model.kind == 'decoder':
+    return {'pad': None}
+  known = {'pad': ('[PAD]', '<pad>'), 'mask': ('[MASK]', '<mask>'), 'cls': ('[CLS]', '<s>'), 'sep': ('[SEP]', '</s>')}
+  ids = {lm.tokenizer.text_of(i): i for i in range(lm.tokenizer.vocab_size)}
+  found = {kind: next((ids[name] for name in names if name in ids), None) for kind, names in known.items()}
+  return {kind: i for kind, i in found.items() if kind == 'pad' or i is not None}
+
+
+def _write_sentence_files(folder: pathlib.Path, lm) -> None:
+  """What sentence-transformers reads of an encoder that makes vectors of texts."""
+  m = lm.config.model
+  if m.pool == 'none':
+    return
+  kinds = [('', 'Transformer'), ('1_Pooling', 'Pooling'), *([('2_Normalize', 'Normalize')] if m.normalize else [])]
+  _write_json(folder / 'modules.json', [{'idx': i, 'name': str(i), 'path': path, 'type': f'sentence_transformers.models.{kind}'}
+                                        for i, (path, kind) in enumerate(kinds)])
+  (folder / '1_Pooling').mkdir()
+  _write_json(folder / '1_Pooling' / 'config.json', {
+      'word_embedding_dimension': m.D, **{mode: pool == m.pool for mode, pool in POOLING.items()}})
+  _write_json(folder / 'sentence_bert_config.json', {'max_seq_length': lm.config.length, 'do_lower_case': False})
+
+
 def _get(params, path: str, index) -> np.ndarray:
   leaf = functools.reduce(lambda tree, key: tree[key], path.split('/'), params)
   return np.asarray(jax.device_get(leaf[index] if index else leaf))
 
 
-def _write_json(file: pathlib.Path, value: dict) -> None:
+def _write_json(file: pathlib.Path, value: dict | list) -> None:
   file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
@@ -98,24 +131,38 @@ def _write_tensors(folder: pathlib.Path, tensors, dtype: str) -> None:
 
 
 def parity(lm, folder: pathlib.Path, dtype: str) -> dict:
-  """How far logits of what the folder holds are from lm's, on random tokens: by transformers if it is installed, else by
-  our own reading of the folder."""
-  m = lm.config.model
+  """How far logits of what the folder holds (of a model without: its scores, or hidden states) are from lm's, on random tokens:
+  by transformers if it is installed, else by our own reading of the folder."""
+  m, config, rng = lm.config.model, read_json(folder / 'config.json'), np.random.default_rng(0)
   vocab = m.vocab or m.V
-  L = min(POSITIONS[1], m.P or POSITIONS[1])
-  tokens_BL = np.random.default_rng(0).integers(0, vocab, (POSITIONS[0], L), dtype=np.int32)
-  ours_BLV = lm.logits(tokens_BL)[..., :vocab]
+  table = {'learned': m.P - m.first_position, 'sinusoidal': config['max_position_embeddings']}  # theirs is one in both cases
+  L = min(POSITIONS[1], table.get(m.position, POSITIONS[1]))
+
+  def random_tokens():
+    tokens_BL = rng.integers(0, vocab, (POSITIONS[0], L), dtype=np.int32)
+    return np.where(tokens_BL == config['pad_token_id'], (tokens_BL + 1) % vocab, tokens_BL)  # RoBERTa counts no padding
+  tokens_BL, inputs_BM = random_tokens(), random_tokens() if m.kind == 'seq2seq' else None
+  cut = (lambda a: a[..., :vocab]) if m.head in ('lm', 'mlm') else np.asarray
+  ours = cut(lm.outputs(tokens_BL, inputs_BM))
   if importlib.util.find_spec('transformers') and importlib.util.find_spec('torch'):
     import torch  # pylint: disable=g-import-not-at-top
     import transformers
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation='eager')
+    kind = getattr(transformers, config['architectures'][0])
+    peer = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation='eager').eval()
+    ids = lambda a: torch.tensor(a, dtype=torch.long)
+    batch = {} if m.kind == 'encoder' else {'use_cache': False}
+    batch |= ({'input_ids': ids(tokens_BL)} if inputs_BM is None else
+              {'input_ids': ids(inputs_BM), 'decoder_input_ids': ids(tokens_BL)})
     with torch.no_grad():
-      theirs_BLV = peer.eval()(torch.tensor(tokens_BL, dtype=torch.long), use_cache=False).logits.numpy()
+      said = peer(**batch)
+    names = ('start_logits', 'end_logits') if m.head == 'span' else ('prediction_logits', 'logits', 'last_hidden_state')
+    found = [said[name].numpy() for name in names if name in said]
+    theirs = np.stack(found, -1) if m.head == 'span' else found[0]
     reader = f'transformers {transformers.__version__}'
   else:
-    theirs_BLV = _read_back(lm, folder).logits(tokens_BL)[..., :vocab]
+    theirs = cut(_read_back(lm, folder).outputs(tokens_BL, inputs_BM))
     reader = f'jaxlm {importlib.metadata.version("jaxlm")}'
-  return {'max_abs_logit_difference': float(np.abs(ours_BLV - theirs_BLV).max()), 'positions': tokens_BL.size,
+  return {'max_abs_logit_difference': float(np.abs(ours - theirs).max()), 'positions': tokens_BL.size,
           'dtype': dtype, 'compute_dtype': m.dtype, 'read_by': reader}
 
 

@@ -3,25 +3,16 @@
 A new dense family is an entry of FAMILIES and a config file. That both directions are inverse to each other, and that
 logits and gradients equal the family's own code, is tested for all of them in tests/test_families.py.
 """
-import dataclasses
 import itertools
 
 from jaxlm.interop import pieces
-from jaxlm.interop.mapping import Row
+from jaxlm.interop.classics import CLASSICS
+from jaxlm.interop.mapping import Family, Row
 
 NORMS = {'layers/norm1/scale': 'input_layernorm', 'layers/norm2/scale': 'post_attention_layernorm'}
 NORMS_AROUND = {'layers/norm1/scale': 'input_layernorm', 'layers/norm1_out/scale': 'post_attention_layernorm',
                 'layers/norm2/scale': 'pre_feedforward_layernorm', 'layers/norm2_out/scale': 'post_feedforward_layernorm'}
 NORMS_AFTER = {'layers/norm1_out/scale': 'post_attention_layernorm', 'layers/norm2_out/scale': 'post_feedforward_layernorm'}
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """A family of models as Hugging Face names and stores them."""
-  architecture: str
-  rows: tuple[Row, ...]
-  pieces: tuple              # of config.json (pieces.py)
-  ignored: str = r'rotary_emb\.inv_freq$|lm_head\.weight$'  # names that may be there and say nothing new
 
 
 def _top(body: str = 'model.', embed: str = 'embed_tokens', norm: str = 'norm', head: str = 'lm_head') -> tuple[Row, ...]:
@@ -191,7 +182,7 @@ _qwen_windows = lambda: pieces.window_by_layer(
     lambda hf, n: bool(hf.get('use_sliding_window') and hf.get('sliding_window')) and n >= hf.get('max_window_layers', 0),
     lambda m: {'use_sliding_window': bool(m.window), 'max_window_layers': m.N})
 
-FAMILIES = {  # by config.json's model_type
+FAMILIES = {  # by config.json's model_type; encoders and encoder-decoders are in classics.py
     'gpt2': GPT2,
     'gpt_neo': GPT_NEO,  # GPT-3's alternation of dense and locally banded layers, with open weights
     'gpt_neox': GPT_NEOX,
@@ -241,4 +232,5 @@ FAMILIES = {  # by config.json's model_type
            Row(_LATENT + 'o_proj.weight', {'layers/attention/o/w': 'HKD>D(HK)'})),
         _llama_like(_deepseek_sizes(), rope=pieces.rope_latent(), fixed_theirs={'rope_interleave': True}),
         ignored=r'rotary_emb\.inv_freq$|lm_head\.weight$|^model\.layers\.61\.'),  # 61: DeepSeek-V3's extra predictor
+    **CLASSICS,
 }

@@ -17,6 +17,7 @@ WRAPPED = {'gemma3': ('gemma3_text', r'^(?:model\.)?language_model\.(?:model\.)?
 
 FLOATS = ('F64', 'F32', 'F16', 'BF16')
 BLOCK = 8 * 2 ** 20  # floats
+POOLING = {'pooling_mode_mean_tokens': 'mean', 'pooling_mode_cls_token': 'first'}  # sentence-transformers' → model.pool
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -43,12 +44,14 @@ class Folder:
     if str(self.model_type) not in FAMILIES:
       raise UsageError(f'{path}/config.json: model_type={self.model_type!r} is no known family; known are '
                        + ', '.join(FAMILIES))
-    self._where = {}  # our name for it → (file, its name there)
+    where = {}  # its name → (file, its name there)
     for file in self._files():
       with self._open(file) as f:
         for name in f.keys():
           if not (self._skip and re.search(self._skip, name)):
-            self._where[re.sub(self._rename, 'model.', name) if self._rename else name] = (file, name)
+            where[re.sub(self._rename, 'model.', name) if self._rename else name] = (file, name)
+    self._where = {ours: where[name] for name, ours in self.family.named(set(where)).items()}
+    self.config = self.family.settle(self.config, self.names())
 
   @property
   def family(self) -> Family:
@@ -108,17 +111,56 @@ class Folder:
 
   def ends(self) -> list:
     """Tokens that end a text, as generation_config.json or else config.json says."""
+    return self._said('eos_token_id')
+
+  def starts(self) -> list:
+    """The token that a decoder beside an encoder begins with, or none."""
+    return self._said('decoder_start_token_id')[:1]
+
+  def _said(self, key: str) -> list:
     file = self.path / 'generation_config.json'
     said = {**self.config, **(read_json(file) if file.is_file() else {})}
-    eos = said.get('eos_token_id')
-    return [] if eos is None else eos if isinstance(eos, list) else [eos]
+    value = said.get(key)
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+  def sentence_length(self) -> int:
+    """Tokens of a text that sentence-transformers reads of it, 0 if the folder says none."""
+    file = self.path / 'sentence_bert_config.json'
+    length = (read_json(file).get('max_seq_length') if file.is_file() else 0) or 0
+    if type(length) is not int or length < 0:
+      raise UsageError(f'{file.name}: max_seq_length={length!r} is no count')
+    return length
+
+  def sentence_vector(self) -> dict:
+    """How sentence-transformers makes a vector of hidden states, as {'pool': …, 'normalize': …} of our model keys; {}
+    if the folder does not say. UsageError for a way that is not known here."""
+    file = self.path / 'modules.json'
+    if not file.is_file():
+      return {}
+    modules = read_json(file, list)
+    out = {}
+    for module in modules:
+      kind = str(module.get('type') if isinstance(module, dict) else module).rpartition('.')[2]
+      if kind == 'Pooling':
+        pooling = self.path / '1_Pooling' / 'config.json'
+        said = read_json(pooling)
+        modes = [key for key, on in said.items() if key.startswith('pooling_mode_') and on is True]
+        if modes not in [[mode] for mode in POOLING]:
+          raise UsageError(
+              f'1_Pooling/config.json: {" and ".join(modes) or "no pooling_mode"}: known is one of {", ".join(POOLING)}')
+        out['pool'] = POOLING[modes[0]]
+      elif kind == 'Normalize':
+        out['normalize'] = True
+      elif kind != 'Transformer':
+        raise UsageError(f'{file.name}: {kind!r}: known are Transformer, Pooling and Normalize')
+    return out
 
 
-def read_json(file: pathlib.Path) -> dict:
+def read_json(file: pathlib.Path, kind: type = dict):
   try:
     value = json.loads(file.read_text(encoding='utf-8'))
   except (OSError, ValueError, RecursionError) as e:
     raise UsageError(f'{file}: cannot be read ({e})') from e
-  if not isinstance(value, dict):
-    raise UsageError(f'{file}: is no JSON object')
+  if not isinstance(value, kind):
+    raise UsageError(f'{file}: is no JSON {"object" if kind is dict else "list"}')
   return value

@@ -16,10 +16,13 @@ from jaxlm.errors import UsageError
 from jaxlm.interop import convert
 from jaxlm.interop.gguf import GgufFile
 from jaxlm.interop.huggingface import Folder
+from jaxlm.interop.mapping import STACK
 from jaxlm.schema import Config
 
 CHUNK = 4 * 2 ** 20  # elements of a zarr chunk: what is written at a time
 LENGTH = 2048        # of imported models: what eval takes for its context, if the model reaches that far
+SOURCE = 512         # tokens that T5, whose positions have no end, was trained to read
+LAYERS = ('num_hidden_layers', 'n_layer', 'num_layers', 'num_decoder_layers', 'encoder_layers', 'decoder_layers')
 VAST = 2 ** 24       # no model has a size above it; and rope makes an array of a head's size before tensors are looked at
 
 
@@ -32,20 +35,29 @@ def open_source(path: str):
 def config_of(source, tokenizer: Tokenizer, tokenizer_file: pathlib.Path, vocab_multiple: int, overrides) -> Config:
   """The config of the run that the source becomes. UsageError if it makes none, whatever the overrides."""
   try:
-    counts = map(source.config.get, ('num_hidden_layers', 'n_layer', 'num_layers'))
+    counts = map(source.config.get, LAYERS)
     layers = max((n for n in counts if isinstance(n, int)), default=0)
     if layers > len(source.names()):
       raise UsageError(f'config.json: {layers} layers (num_hidden_layers) are more than its {len(source.names())} tensors')
     model = convert.to_model(source.family, source.config)
-    reach = model.get('P') or source.config.get('max_position_embeddings') or LENGTH
+    P = model.get('P')
+    positions = P - model.get('first_position', 0) if type(P) is int else P
+    reach = positions or source.config.get('max_position_embeddings') or LENGTH
     if type(reach) is not int:
       raise UsageError(f'config.json: max_position_embeddings={reach!r} is no count')
-    ends = source.ends()
-    strange = [i for i in ends if type(i) is not int or not 0 <= i < tokenizer.vocab_size or tokenizer.text_of(i) is None]
+    kind = model.get('kind', 'decoder')
+    length = min(reach, LENGTH, source.sentence_length() or LENGTH if kind == 'encoder' else LENGTH)
+    ends, starts = source.ends(), source.starts() if kind == 'seq2seq' else []
+    strange = [i for i in ends + starts
+               if type(i) is not int or not 0 <= i < tokenizer.vocab_size or tokenizer.text_of(i) is None]
     if strange:
-      raise UsageError(f'eos_token_id={strange[0]!r} is no token of its tokenizer')
-    values = {**{f'model.{k}': v for k, v in model.items()}, 'length': min(reach, LENGTH), 'loss.chunks': 1,
-              'data.tokenizer': str(tokenizer_file), 'data.stop': ' '.join(map(tokenizer.text_of, ends))}
+      raise UsageError(
+          f'{"eos" if strange[0] in ends else "decoder_start"}_token_id={strange[0]!r} is no token of its tokenizer')
+    if kind == 'encoder':
+      model |= source.sentence_vector()
+    values = {**{f'model.{k}': v for k, v in model.items()}, **objective_of(model, length), 'length': length, 'loss.chunks': 1,
+              'data.tokenizer': str(tokenizer_file), 'data.stop': ' '.join(map(tokenizer.text_of, ends)),
+              'data.start': ''.join(map(tokenizer.text_of, starts))}
     vast = [k for k, v in model.items() if type(v) is int and v > VAST]
     if vast:
       raise UsageError(f'config.json: model.{vast[0]}={model[vast[0]]:.1e} is more than any model has')
@@ -58,6 +70,16 @@ def config_of(source, tokenizer: Tokenizer, tokenizer_file: pathlib.Path, vocab_
   if trial.V % vocab_multiple:
     values |= {'model.V': -(-trial.V // vocab_multiple) * vocab_multiple, 'model.vocab': trial.V}
   return configs.from_flat({**values, **configs.parsed(overrides)})
+
+
+def objective_of(model: dict, length: int) -> dict:
+  """Keys of an objective that a model of this kind can be trained on further, T5's with its own (`model`: our keys)."""
+  kind = model.get('kind', 'decoder')
+  if kind == 'seq2seq':
+    if model.get('position') == 'relative':
+      return {'objective.name': 'spans', 'objective.source': min(length, SOURCE)}
+    return {'objective.name': 'prefix', 'objective.source': length}
+  return {'objective.name': 'mask'} if kind == 'encoder' else {}
 
 
 def tokenizer_of(source, path: str | None) -> Tokenizer:
@@ -111,7 +133,8 @@ def write_arrays(folder: pathlib.Path, shapes: dict[str, tuple[int, ...]], items
   tree, arrays = {}, {}
   for path, shape in shapes.items():
     keys = ('params', *path.split('/'))
-    spec = {'driver': 'zarr', 'kvstore': {'driver': 'file', 'path': str((folder / '.'.join(keys)).absolute())},
+    spec = {'driver': 'zarr', 'store_data_equal_to_fill_value': True,  # Orbax takes a chunk that is not there for damage
+            'kvstore': {'driver': 'file', 'path': str((folder / '.'.join(keys)).absolute())},
             'metadata': {'shape': shape, 'chunks': _chunks(path, shape), 'dtype': '<f4', 'fill_value': 0.,
                          'compressor': {'id': 'zstd', 'level': 1}}}
     arrays[path] = ts.open(spec, create=True, context=context).result()
@@ -128,7 +151,7 @@ def write_arrays(folder: pathlib.Path, shapes: dict[str, tuple[int, ...]], items
 
 def _chunks(path: str, shape: tuple[int, ...]) -> list[int]:
   """Chunks of at most CHUNK elements, none of which two foreign tensors share."""
-  alone = 2 if re.match(r'layers/moe/(gate|up|down)$', path) else 1 if path.startswith('layers/') else 0
+  alone = 2 if re.match(r'layers/moe/(gate|up|down)$', path) else 1 if STACK.match(path) else 0
   chunks, room = [], CHUNK
   for size in reversed(shape[alone:]):
     chunks.insert(0, min(size, max(1, room)))

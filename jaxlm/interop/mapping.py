@@ -4,18 +4,21 @@ A row says which of our arrays a foreign tensor holds, and in which layout:
 
     Row('model.layers.{n}.self_attn.q_proj.weight', {'layers/attention/q/w': 'DHK>(HK)D'})
 
-Left of > are our letters (without the leading layer and expert), right theirs; brackets are axes they merge. Several of
-ours in one of theirs are concatenated along `join`, a letter of the first. A letter with ~ has its rotary pairs side by
-side in theirs, in halves in ours. {n} is the layer and {e} the expert: our arrays are stacked over both.
+Left of > are our letters (without the leading layer and expert), right theirs; brackets are axes they merge, () one of
+size 1. Several of ours in one of theirs are concatenated along `join`, a letter of the first. A letter with ~ has its rotary
+pairs side by side in theirs, in halves in ours. {n} is the layer, of the stack that the row's arrays are of (the encoder's
+are encoder/layers/…), and {e} the expert: our arrays are stacked over both.
 """
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from jaxlm.schema import ModelConfig, layer_kinds
+
+STACK = re.compile(r'(encoder/)?layers/')  # of paths whose arrays are stacked over layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +28,41 @@ class Row:
   join: str = ''
   when: str = ''    # only if this array of ours is there …
   unless: str = ''  # … and this one is not
+  head: str = ''    # only of models whose model.head is one of these words; '': of all
 
   def there(self, shapes) -> bool:
     return all(p in shapes for p in self.ours) and (not self.when or self.when in shapes) and self.unless not in shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A family of models as Hugging Face names and stores them."""
+  architecture: str          # the class that config.json names, unless one of the pieces says which
+  rows: tuple[Row, ...]
+  pieces: tuple              # of config.json (pieces.py)
+  ignored: str = r'rotary_emb\.inv_freq$|lm_head\.weight$'  # names that may be there and say nothing new
+  prefix: str = ''           # of most names, which a model without a head (model.head=none) is stored without
+  renamed: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of names in older files
+  settle: Callable = lambda config, names: config  # config.json and what only the names of the tensors say
+
+  def rows_of(self, m: ModelConfig) -> tuple[Row, ...]:
+    """The rows of a model with this head."""
+    return tuple(row for row in self.rows if not row.head or m.head in row.head.split())
+
+  def named(self, names: set[str]) -> dict[str, str]:
+    """{a name in a file: the name in our rows}."""
+    bare = self.prefix and not any(name.startswith(self.prefix) for name in names)
+    out = {}
+    for name in names:
+      new = (self.prefix if bare else '') + name
+      for pattern, replacement in self.renamed:
+        new = re.sub(pattern, replacement, new)
+      out[name] = new
+    return out
+
+  def stored(self, m: ModelConfig, name: str) -> str:
+    """The name in a file of a name in our rows."""
+    return name.removeprefix(self.prefix) if m.head == 'none' else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +132,13 @@ class Unit:
 def units(rows: tuple[Row, ...], cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> Iterator[Unit]:
   """Every tensor of a checkpoint of `cfg`. `shapes`: of our arrays by path; a row whose arrays are not there is not
   there in the checkpoint either (a bias, an untied output matrix)."""
-  kinds = [feed for _, feed in layer_kinds(cfg)]
+  stacks = {'': cfg, 'encoder/': dataclasses.replace(cfg, N=cfg.encoder_N)}
   rotary = cfg.mla.rope if cfg.mla.kv else int(cfg.K * cfg.rope.share)
   for row in rows:
     if not row.there(shapes):
       continue
-    feed = re.match(r'layers/(mlp|moe)/', next(iter(row.ours)))
-    layers = [n for n, kind in enumerate(kinds) if not feed or kind == feed[1]]
+    stack, feed = re.match(r'(encoder/|)(?:layers/(mlp|moe)/)?', next(iter(row.ours))).groups()
+    layers = [n for n, (_, kind) in enumerate(layer_kinds(stacks[stack])) if feed in (None, kind)]
     for position, n in enumerate(layers if '{n}' in row.theirs else [0]):
       for e in range(cfg.moe.E if '{e}' in row.theirs else 1):
         index = (position,) * ('{n}' in row.theirs) + (e,) * ('{e}' in row.theirs)
@@ -115,7 +150,7 @@ def _unit(row: Row, theirs: str, index, shapes, rotary: int, at_end: bool) -> Un
   for path, spec in row.ours.items():
     letters, _, layout = spec.partition('>')
     halves = layout[layout.index('~') - 1] if '~' in layout else ''
-    axes = re.findall(r'\((\w+)\)|(\w)', layout.replace('~', ''))
+    axes = re.findall(r'\((\w*)\)|(\w)', layout.replace('~', ''))
     groups = groups or tuple(len(a or b) for a, b in axes)
     parts.append(Part(path, index, shapes[path][len(index):], letters, ''.join(a or b for a, b in axes), halves))
   axis = parts[0].unmerged.index(row.join) if row.join else 0

@@ -1,8 +1,11 @@
-"""What stands on an encoder: BERT's transform before its logits, its pooler, its classifier of pairs."""
+"""What stands on an encoder (Devlin et al. 2019, §3.1, §4): BERT's transform before its logits, its pooler, its classifiers of
+pairs, texts, tokens and spans. RoBERTa's classifier of texts has a pooler of its own."""
 import jax
 import jax.numpy as jnp
 
+from jaxlm.models import output
 from jaxlm.models.layers import MLPS, NORMS, Einsum
+from jaxlm.models.output import Hidden
 from jaxlm.models.stack import some_input
 from jaxlm.schema import ModelConfig
 
@@ -12,7 +15,7 @@ def _dense(cfg: ModelConfig, eqn: str, name: str) -> Einsum:
 
 
 def init(cfg: ModelConfig, key) -> dict:
-  """Fresh parameters of what the config says there is: transform, pooler, pairs."""
+  """Fresh parameters of what the config says there is: transform, pooler, classify."""
   x_BLD, keys = some_input(cfg), jax.random.split(key, 3)
   params = {}
   if cfg.head == 'mlm':
@@ -48,5 +51,24 @@ def classify(cfg: ModelConfig, params: dict, x_BLD):
 
 
 def of_pairs(cfg: ModelConfig, params: dict, pooled_BD):
-  """float32 [B, 2]: whether the second text follows the first (0) or not (1)."""
+  """float32 [B, C] of what the pooler made; of BERT's pairs: whether the second text follows the first (0) or not (1)."""
   return classify(cfg, params, pooled_BD[:, None])[:, 0]
+
+
+def outputs(cfg: ModelConfig, params: dict, hidden: Hidden):
+  """float32, what the model is for: logits [B, L, V] (lm, mlm), hidden states [B, L, D] (none), scores of C classes of the text
+  [B, C] (classify) or of each token [B, L, C] (tag; span: that an answer begins there, that it ends there)."""
+  if cfg.head in ('lm', 'mlm'):
+    return output.logits(cfg, hidden)
+  if cfg.head == 'none':
+    return hidden.x_BLD.astype(jnp.float32)
+  return of_pairs(cfg, params, hidden.pooled_BD) if cfg.head == 'classify' else classify(cfg, params, hidden.x_BLD)
+
+
+def vectors(cfg: ModelConfig, x_BLD, real_BL):
+  """float32 [B, D], as cfg.pool and cfg.normalize say: the mean of the hidden states of real tokens, or the first one's
+  (Reimers & Gurevych 2019, §3)."""
+  x_BLD = x_BLD.astype(jnp.float32)
+  x_BD = x_BLD[:, 0] if cfg.pool == 'first' else (
+      jnp.sum(jnp.where(real_BL[..., None], x_BLD, 0), 1) / jnp.maximum(real_BL.sum(1), 1)[:, None])
+  return x_BD / jnp.maximum(jnp.linalg.norm(x_BD, axis=-1, keepdims=True), 1e-12) if cfg.normalize else x_BD

@@ -136,7 +136,7 @@ NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
 
 _gelu = functools.partial(jax.nn.gelu, approximate=True)
 # A gated mlp is (f(x·gate) ⊙ x·up)·down (Shazeer 2020), the others f(x·up)·down; schema.GATED says which are.
-MLPS = {'swiglu': jax.nn.silu, 'geglu': _gelu, 'gelu': _gelu, 'relu': jax.nn.relu,
+MLPS = {'swiglu': jax.nn.silu, 'geglu': _gelu, 'gelu': _gelu, 'relu': jax.nn.relu, 'silu': jax.nn.silu,
         'gelu_exact': functools.partial(jax.nn.gelu, approximate=False)}
 
 
