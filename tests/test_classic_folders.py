@@ -249,6 +249,10 @@ def test_names_of_older_files_are_known(checkpoint, tmp_path):
   source = Folder(tmp_path)
   assert config_of(source) == c
   common.assert_trees_equal(tree_of(source, c.model), params)
+  key = 'bert.embeddings.LayerNorm.weight'
+  safetensors.numpy.save_file({**old, key: stored[key]}, tmp_path / 'model.safetensors')
+  with pytest.raises(UsageError, match=f'holds {key} twice, as .*gamma and as .*weight'):
+    Folder(tmp_path)
 
 
 REFUSED = {  # case → (model, file, what of it, one line)

@@ -50,7 +50,11 @@ class Folder:
         for name in f.keys():
           if not (self._skip and re.search(self._skip, name)):
             where[re.sub(self._rename, 'model.', name) if self._rename else name] = (file, name)
-    self._where = {ours: where[name] for name, ours in self.family.named(set(where)).items()}
+    self._where = {}
+    for name, ours in sorted(self.family.named(set(where)).items()):
+      if ours in self._where:
+        raise UsageError(f'{path}: holds {ours} twice, as {self._where[ours][1]} and as {name}')
+      self._where[ours] = where[name]
     self.config = self.family.settle(self.config, self.names())
 
   @property
