@@ -53,15 +53,17 @@ def run(name: str, corpus: str, workdir: pathlib.Path, steps: int) -> dict:
     jaxlm('eval', f'--workdir={folder}', f'--by_document={folder / "documents.jsonl"}', f'--json={folder / "eval.json"}',
           *EVAL.get(name, []))
   documents = [json.loads(line) for line in (folder / 'documents.jsonl').read_text().splitlines()]
-  lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()] if (folder / 'metrics.jsonl').exists() else []
+  metrics = folder / 'metrics.jsonl'  # n-grams have none
+  lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
   speed = [line['tokens_per_second'] for line in lines[1:] if 'tokens_per_second' in line]
   return {'name': name, 'nats': np.array([d['nll'] for d in documents]), 'bytes': np.array([d['bytes'] for d in documents]),
           'names': [d['name'] for d in documents], 'tokens_per_second': float(np.median(speed)) if speed else None,
           'seconds': float((folder / 'seconds').read_text())}
 
 
-def bits_per_byte(nats, size) -> float:
-  return float(nats.sum(-1) / math.log(2) / size.sum(-1)) if nats.ndim == 1 else nats.sum(-1) / math.log(2) / size.sum(-1)
+def bits_per_byte(nats, size):
+  """Over the last axis, documents."""
+  return nats.sum(-1) / math.log(2) / size.sum(-1)
 
 
 def interval(result: dict) -> tuple[float, float]:
@@ -88,7 +90,8 @@ def table(corpus: str, results: list[dict]) -> list[str]:
     low, high = interval(r)
     p = f'{p_value(results[n - 1], r):.4f}' if n else '–'
     speed = f'{r["tokens_per_second"]:,.0f}' if r['tokens_per_second'] else '–'
-    out.append(f'| {r["name"]} | {bits_per_byte(r["nats"], r["bytes"]):.4f} | {low:.4f} – {high:.4f} | {p} | {speed} | {r["seconds"]:,.0f} |')
+    out.append(f'| {r["name"]} | {bits_per_byte(r["nats"], r["bytes"]):.4f} | {low:.4f} – {high:.4f} | {p} | {speed} '
+               f'| {r["seconds"]:,.0f} |')
   return [*out, '']
 
 
@@ -122,8 +125,8 @@ def main() -> None:
     everything[corpus] = sorted(results, key=lambda r: -bits_per_byte(r['nats'], r['bytes']))
   flags.out.mkdir(parents=True, exist_ok=True)
   plot(everything, flags.out / 'ladder.png')
-  text = [f'# Every model on one ruler\n\nMade by `make ladder`: models of about 1.7M parameters (configs/ladder.py), {flags.steps} steps of '
-          '4,096 tokens each; n-grams count all of the text. BERT\'s number is a pseudo-perplexity: each token given all others '
+  text = ['# Every model on one ruler\n\nMade by `make ladder`: models of about 1.7M parameters (configs/ladder.py), '
+          f'{flags.steps} steps of 4,096 tokens each; n-grams count all of the text. BERT\'s number is a pseudo-perplexity: each token given all others '
           'of its window. It is no probability of the text, and does not compare with the others.\n\n![ladder](ladder.png)\n']
   for corpus, results in everything.items():
     text += table(corpus, results)

@@ -68,8 +68,8 @@ def loss(lm, pairs: Sequence[tuple[str, str, str]], batch: int) -> dict:
   return {'nll_per_token': nll / tokens, 'perplexity': math.exp(min(700., nll / tokens)), 'tokens': int(tokens)}
 
 
-def evaluate_answers(lm, source: str, metrics: Sequence[str], batch: int = 16, limit: int | None = None, max_length: int | None = None,
-                     num_beams: int = 1) -> tuple[dict, list[dict]]:
+def evaluate_answers(lm, source: str, metrics: Sequence[str], batch: int = 16, limit: int | None = None,
+                     max_length: int | None = None, num_beams: int = 1) -> tuple[dict, list[dict]]:
   """(the JSON of `jaxlm eval`, {name, question, said, right} of each) for --data=SOURCE: the first `limit` of its questions.
 
   UsageError for a metric that is not known or whose library is missing.

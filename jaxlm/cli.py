@@ -2,8 +2,8 @@
 
     jaxlm train     --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE …]
     jaxlm eval      --workdir=DIR [--data=SOURCE --step=N --context=C --stride=S --batch=B --mesh=D,F,T --json=FILE]
-    jaxlm eval      --workdir=DIR [--data=SOURCE --metrics=exact,bleu,… --num_beams --max_length --limit --answers=FILE --json=FILE]
-                    of a run that was trained to answer (objective.name=answer)
+    jaxlm eval      --workdir=DIR [--data=SOURCE --metrics=exact,bleu,… --num_beams --max_length --limit --answers=FILE
+                    --json=FILE]   of a run that was trained to answer (objective.name=answer)
     jaxlm eval      --workdir=DIR --tasks=NAME[,NAME] [--task_path=DIR --num_fewshot=N --limit=N --context --batch --json]
     jaxlm generate  --workdir=DIR --prompt=TEXT [--max_length=100 --temperature=0.7 --top_k --top_p --min_p
                     --repetition_penalty --num_beams --stop=TEXT --seed=0 --json=FILE]
@@ -68,7 +68,8 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_string('by_document', None, 'write name, bytes, tokens and nats of each document to this file, a JSON a line',
                         flag_values=f)
     flags.DEFINE_list('metrics', ['exact'], 'of answers: exact, bleu, chrf, rouge, f1', flag_values=f)
-    flags.DEFINE_string('answers', None, 'write question, what was said and what is right to this file, a JSON a line', flag_values=f)
+    flags.DEFINE_string('answers', None, 'write question, what was said and what is right to this file, a JSON a line',
+                        flag_values=f)
     flags.DEFINE_integer('num_beams', 1, 'of answers: above 1: beam search', flag_values=f)
     flags.DEFINE_integer('max_length', None, 'of answers: tokens at most (default: what the run\'s length holds)', flag_values=f)
     flags.DEFINE_bool('baselines', False, 'gzip -9, xz -9 and a byte 5-gram on the same bytes', flag_values=f)

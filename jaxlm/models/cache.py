@@ -104,7 +104,8 @@ def _attend(cfg: ModelConfig, kept: dict, at, pad_B, bias_HLM, where, q_BLHK, k_
   how = attention.how(cfg, where)
   if where == attention.MEMORY:
     def look(q_BLHK, k_BMGK, v_BMGK, seen_BM):
-      o_BLHK = kernels.mix(how, q_BLHK, k_BMGK, v_BMGK, jnp.broadcast_to(seen_BM[:, None], (len(seen_BM), q_BLHK.shape[1], seen_BM.shape[1])))
+      seen_BLM = jnp.broadcast_to(seen_BM[:, None], (len(seen_BM), q_BLHK.shape[1], seen_BM.shape[1]))
+      o_BLHK = kernels.mix(how, q_BLHK, k_BMGK, v_BMGK, seen_BLM)
       return jnp.where(seen_BM.any(-1)[:, None, None, None], o_BLHK, 0)
     return _on_devices(look, ('BLHK', 'BMGK', 'BMGK', 'BM'), 'BLHK', q_BLHK, kept['memory_k'], kept['memory_v'], kept['seen']), None
 

@@ -2,6 +2,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from jaxlm.models import decoder, embedding, stack
 from jaxlm.models.output import Hidden, Training
@@ -38,5 +39,6 @@ def forward(cfg: ModelConfig, params: dict, batch: dict, training: Training | No
   x_BLD = embedding.embed(cfg, params['embed'], params, batch, key)
   x_BLD, more = decoder.through(cfg, params, x_BLD, batch['positions'], batch['segments'], key,
                                 (memory_BMD, batch['input_segments']))
-  reports = {**reports, **more} if not (reports and more) else jax.tree.map(lambda a, b: jax.numpy.concatenate([a, b]), reports, more)
-  return Hidden(x_BLD, embedding.unembedding(cfg, params), reports, carry)
+  if reports and more:  # of mixtures in both stacks, the encoder's first
+    more = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), reports, more)
+  return Hidden(x_BLD, embedding.unembedding(cfg, params), more or reports, carry)
