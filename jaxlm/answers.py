@@ -1,5 +1,6 @@
 """How good answers are: a model that was trained to answer (objective answer) is asked the questions it never saw, and what
-it says is scored by the libraries that the field trusts. `jaxlm eval` of such a run.
+it says is scored by the libraries that the field trusts; one that was trained to classify says the likeliest class. `jaxlm
+eval` of such a run.
 
     loss         nats per token of the right answers, as text: what training minimises
     exact        share of answers that are the right one
@@ -43,6 +44,18 @@ def _f1(said: Sequence[str], right: Sequence[str]) -> dict:
   return {'f1': float(f1_score(strip(right), strip(said), average='macro', zero_division=0, labels=sorted(set(strip(right)))))}
 
 
+def _generated(lm, questions: Sequence[str], batch: int, new: int, num_beams: int) -> list[str]:
+  """What the model says to each, the short ones first, so that few rows are padded."""
+  said, order = [''] * len(questions), sorted(range(len(questions)), key=lambda i: len(questions[i]))
+  with report.progress('answering', len(questions)) as tick:
+    for start in range(0, len(questions), batch):
+      rows = order[start:start + batch]
+      for i, text in zip(rows, lm.generate([questions[i] for i in rows], new, temperature=0, num_beams=num_beams)):
+        said[i] = text
+      tick(len(rows))
+  return said
+
+
 METRICS = {'exact': _exact, 'bleu': _sacrebleu('bleu'), 'chrf': _sacrebleu('chrf'), 'rouge': _rouge, 'f1': _f1}
 
 
@@ -81,16 +94,14 @@ def evaluate_answers(lm, source: str, metrics: Sequence[str], batch: int = 16, l
   pairs = list(sources.answers(name, lm.config.data, split))[:limit]
   if not pairs:
     raise UsageError(f'--data={source}: no question in it ({split} questions of {name})')
-  new = max_length or lm.config.length - 1
-  said, order = [''] * len(pairs), sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))
-  with report.progress('answering', len(pairs)) as tick:
-    for start in range(0, len(pairs), batch):
-      rows = order[start:start + batch]
-      for i, text in zip(rows, lm.generate([pairs[i][1] for i in rows], new, temperature=0, num_beams=num_beams)):
-        said[i] = text
-      tick(len(rows))
+  questions = [question for _, question, _ in pairs]
+  if lm.config.objective.name == 'classify':
+    classes = lm.config.data.classes.split('|')
+    said = [classes[c] for c in lm.scores(questions).argmax(-1)]
+  else:
+    said = _generated(lm, questions, batch, max_length or lm.config.length - 1, num_beams)
   right = [answer for _, _, answer in pairs]
-  result = {**loss(lm, pairs, batch), 'questions': len(pairs), 'step': lm.step, 'num_beams': num_beams}
+  result = {**loss(lm, pairs, batch), 'questions': len(pairs), 'step': lm.step}
   for metric in metrics:
     try:
       result |= METRICS[metric](said, right)

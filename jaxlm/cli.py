@@ -3,7 +3,7 @@
     jaxlm train     --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE …]
     jaxlm eval      --workdir=DIR [--data=SOURCE --step=N --context=C --stride=S --batch=B --mesh=D,F,T --json=FILE]
     jaxlm eval      --workdir=DIR [--data=SOURCE --metrics=exact,bleu,… --num_beams --max_length --limit --answers=FILE
-                    --json=FILE]   of a run that was trained to answer (objective.name=answer)
+                    --json=FILE]   of a run that was trained on answers (data.target)
     jaxlm eval      --workdir=DIR --tasks=NAME[,NAME] [--task_path=DIR --num_fewshot=N --limit=N --context --batch --json]
     jaxlm generate  --workdir=DIR --prompt=TEXT [--max_length=100 --temperature=0.7 --top_k --top_p --min_p
                     --repetition_penalty --num_beams --stop=TEXT --seed=0 --json=FILE]
@@ -152,7 +152,7 @@ def _write_json(path: str, result: dict) -> None:
 def _eval(f, overrides):
   _refuse_flags(f, ('tasks',) if f.tasks else ('texts', 'answers'))
   lm = _load(f)
-  what = 'tasks' if f.tasks else 'answers' if lm.config.objective.name == 'answer' else 'texts'
+  what = 'tasks' if f.tasks else 'answers' if lm.config.data.target else 'texts'
   _refuse_flags(f, (what,))
   {'tasks': _eval_tasks, 'answers': _eval_answers, 'texts': _eval_text}[what](f, lm)
 

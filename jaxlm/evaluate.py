@@ -28,7 +28,8 @@ class HeldOut:
     for start in range(0, count, config.batch):
       windows = np.arange(start, start + config.batch)
       self._batches.append(pipeline.place(
-          lambda low, high: _only(examples.make(task, stream, windows[low:high], windows[low:high]), windows[low:high] < count),
+          lambda low, high: _only(examples.make(task, stream, np.minimum(windows[low:high], count - 1), windows[low:high]),
+                                   windows[low:high] < count),
           config.batch, mesh))
 
   def run(self, params) -> Iterator[tuple[str, float]]:

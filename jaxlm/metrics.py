@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxlm.schema import Config, ModelConfig, layer_kinds
 
+SUMS = ('loss', 'nll', 'tokens', 'load', 'right', 'pairs', 'pairs_nll', 'pairs_right')  # the others are the last step's
+
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -87,7 +89,7 @@ class Log:
   def add(self, step: int, sums: dict) -> None:
     """`sums` of step (counted from 1), on the host: sums and counts are added up, norms are the last step's."""
     for name, value in sums.items():
-      adds = name in ('loss', 'nll', 'tokens', 'load')
+      adds = name in SUMS
       self._sums[name] = (self._sums.get(name, 0.) if adds else 0.) + np.asarray(value, np.float64)
     self._sums['steps'] = self._sums.get('steps', 0) + 1
     if step % self._config.log_every == 0 or step == self._config.steps:
@@ -99,15 +101,17 @@ class Log:
     sums, seconds = self._sums, time.time() - self._since
     tokens, c = sums['tokens'], self._config
     speed = sums['steps'] * c.batch * c.length / seconds
-    loads = {}
+    more = {'accuracy': float(sums['right'] / max(tokens, 1))} if 'right' in sums else {}
+    if 'pairs' in sums:
+      more = {f'pairs_{what}': float(sums[f'pairs_{key}'] / sums['pairs']) for what, key in (('loss', 'nll'), ('accuracy', 'right'))}
     if 'load' in sums:  # choices an expert, as multiples of its layer's mean
       share_NE = sums['load'] / sums['load'].mean(-1, keepdims=True)
-      loads = {'expert_load_max': float(share_NE.max()), 'expert_load_min': float(share_NE.min())}
+      more |= {'expert_load_max': float(share_NE.max()), 'expert_load_min': float(share_NE.min())}
     self.write(step, {
         'loss': float(sums['nll'] / max(tokens, 1)), 'objective': float(sums['loss'] / max(tokens, 1)),
         'tokens': step * c.batch * c.length, 'tokens_per_second': speed, 'step_seconds': seconds / sums['steps'],
         'model_flops_per_second': speed * self._flops, 'grad_norm': float(sums['grad_norm']),
-        'param_norm': float(sums['param_norm']), 'learning_rate': float(sums['learning_rate']), **loads})
+        'param_norm': float(sums['param_norm']), 'learning_rate': float(sums['learning_rate']), **more})
     self._sums, self._since = {}, time.time()
 
   def write(self, step: int, values: dict) -> None:

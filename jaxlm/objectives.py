@@ -1,6 +1,5 @@
 """What a model is trained on: (params, batch) → a sum to minimise, and sums and counts to report. What is asked of which
 kind of model is in the batch (data/examples.py): here, it is all cross entropy."""
-import jax
 import jax.numpy as jnp
 
 from jaxlm.errors import UsageError
@@ -18,8 +17,6 @@ def token_loss(config: Config, params, batch, training: Training | None = None, 
   With labels (objective pairs), next-sentence prediction enters times the tokens a row, and is reported as pairs_nll,
   pairs_right and pairs. carry: of a recurrent model, its state before and after the batch.
   """
-  if config.model.head not in ('lm', 'mlm'):
-    raise UsageError(f'model.head={config.model.head!r}: has no logits to train on texts; only lm and mlm do')
   hidden = kinds.forward(config.model, params, batch, training, carry)
   loss, nll = cross_entropy(config.model, config.loss, hidden.x_BLD, hidden.unembed, batch['targets'], batch['weights'])
   sums = {'nll': nll, 'tokens': batch['weights'].sum()}
@@ -29,8 +26,25 @@ def token_loss(config: Config, params, batch, training: Training | None = None, 
     sums['load'] = hidden.reports['load_E']
   if 'labels' in batch:
     logits_BC = heads.of_pairs(config.model, params, hidden.pooled_BD)
-    nll_B = jax.nn.logsumexp(logits_BC, -1) - jnp.take_along_axis(logits_BC, batch['labels'], -1)[:, 0]
-    sums |= {'pairs_nll': nll_B.sum(), 'pairs': jnp.float32(nll_B.size),
+    sums |= {'pairs_nll': heads.class_nll(logits_BC, batch['labels']).sum(), 'pairs': jnp.float32(len(logits_BC)),
              'pairs_right': jnp.sum(logits_BC.argmax(-1) == batch['labels'][:, 0]).astype(jnp.float32)}
     loss += config.objective.next_sentence * sums['tokens'] * sums['pairs_nll'] / sums['pairs']
   return loss, (sums, hidden.carry)
+
+
+def class_loss(config: Config, params, batch, training: Training | None = None, carry=None):
+  """Cross entropy of the class of each text; 'tokens' are texts, and 'right' those whose likeliest class is theirs."""
+  hidden = kinds.forward(config.model, params, batch, training, carry)
+  scores_BC = heads.outputs(config.model, params, hidden)
+  loss = jnp.sum(heads.class_nll(scores_BC, batch['labels']) * batch['weights'])
+  right_B1 = (scores_BC.argmax(-1, keepdims=True) == batch['labels']).astype(jnp.float32)
+  return loss, ({'nll': loss, 'tokens': batch['weights'].sum(), 'right': jnp.sum(right_B1 * batch['weights'])}, hidden.carry)
+
+
+def of(config: Config):
+  """The objective that a config names."""
+  if config.objective.name == 'classify':
+    return class_loss
+  if config.model.head not in ('lm', 'mlm'):
+    raise UsageError(f'model.head={config.model.head!r}: has no logits to train on texts; only lm and mlm do')
+  return token_loss

@@ -164,7 +164,8 @@ class LossConfig:
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
   """What is asked of the model: how a window of the text becomes an example (a key of data/examples.EXAMPLES)."""
-  name: str = 'causal'      # causal | next | prefix | spans (for seq2seq kinds) | mask | pairs (for encoders) | answer
+  name: str = 'causal'      # causal | next | prefix | spans (for seq2seq kinds) | mask | pairs (for encoders) | answer |
+                            # classify (encoders with head=classify)
   source: int = 0           # tokens that an encoder reads; 0 where there is none
   share: float = 0.15       # of tokens that are masked (mask, pairs, spans)
   span: float = 3.          # spans: mean tokens of a masked span
@@ -213,7 +214,8 @@ class DataConfig:
                             # prompt; '': as it was trained (decoding.py)
   cache: str = ''           # a folder; '' is data/ in the workdir
   key: str = 'text'         # the field that holds the text: jsonl, arrayrecord, tfds
-  target: str = ''          # the field that holds its answer (objective answer); '': texts have none
+  target: str = ''          # the field that holds its answer (objectives answer, classify); '': texts have none
+  classes: str = ''         # classify: the answers that there are, with | between, as 'ham|spam'
   order: str = 'shuffled'   # shuffled | contiguous: row b of a step goes on where row b of the step before ended
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxlm.data import pipeline
 from jaxlm.errors import UsageError
 from jaxlm.loss import per_token_nll
-from jaxlm.models import kinds
+from jaxlm.models import heads, kinds
 from jaxlm.schema import Config
 
 
@@ -105,6 +105,8 @@ def make_nll(config: Config) -> Callable:
   @jax.jit
   def nll(params, batch, carry=None):
     hidden = kinds.forward(config.model, params, batch, carry=carry)
+    if config.objective.name == 'classify':
+      return heads.class_nll(heads.outputs(config.model, params, hidden), batch['labels']) * batch['weights'], hidden.carry
     losses = per_token_nll(config.model, config.loss, hidden.x_BLD, hidden.unembed, batch['targets'])
     return losses * batch['weights'], hidden.carry
   return nll

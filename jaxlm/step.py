@@ -3,11 +3,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm import layout
+from jaxlm import layout, objectives
 from jaxlm.schema import Config, MoeConfig
 from jaxlm.models import kinds
 from jaxlm.models.output import Training
-from jaxlm.objectives import token_loss
 
 
 def init_state(config: Config, tx, key) -> dict:
@@ -47,12 +46,14 @@ def even_out(moe: MoeConfig, params, sums):
   return {**params, 'layers': {**params['layers'], 'moe': {**mixtures, 'bias': moved_NE}}}
 
 
-def make_step(config: Config, tx, schedule, objective=token_loss):
+def make_step(config: Config, tx, schedule):
   """(state, batch) → (state, sums): one update, to be jitted with the state donated.
 
   The gradient is Σ gradients / Σ tokens over all microbatches, so their number changes nothing but memory. An update
   whose loss or gradient is not finite is not applied: the state stays, and sums['finite'] is 0.
   """
+  objective = objectives.of(config)
+
   def train_step(state, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
 

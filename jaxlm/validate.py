@@ -11,7 +11,8 @@ CHOICES = {
     'model.qk_norm': ('none', 'head', 'all'), 'model.position': ('rope', 'learned', 'sinusoidal', 'relative', 'none'),
     'model.head': ('lm', 'mlm', 'none', 'classify', 'tag', 'span'), 'model.pool': ('none', 'mean', 'first'),
     'model.rnn.cell': ('lstm', 'gru'), 'model.rnn.attention': ('none', 'bahdanau', 'luong'),
-    'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs', 'answer'), 'data.order': ('shuffled', 'contiguous'),
+    'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs', 'answer', 'classify'),
+    'data.order': ('shuffled', 'contiguous'),
     'model.mlp': ('swiglu', 'geglu', 'gelu', 'gelu_exact', 'relu', 'silu'), 'model.bias': ('none', 'all', 'qkv', 'not_qkv'),
     'model.dtype': ('float32', 'bfloat16'), 'model.attention': ('auto', 'dot_product', 'blocked', 'plain'),
     'model.remat': ('none', 'dots', 'full'), 'model.rope.scaling': ('none', 'linear', 'llama3', 'yarn'),
@@ -51,7 +52,7 @@ def validate(c: Config) -> None:
     need(c.steps == 1, 'steps', 'an n-gram is counted once, at step 1: set 1')
   need(c.batch % c.microbatches == 0, 'microbatches', f'does not divide batch={c.batch}')
   _objective(c, need)
-  targets = selected(c) if m.kind == 'encoder' else c.length
+  targets = 1 if c.objective.name == 'classify' else selected(c) if m.kind == 'encoder' else c.length
   need(targets % c.loss.chunks == 0, 'loss.chunks', f'does not divide the {targets} targets of a row (length={c.length})')
   try:
     re.compile(c.optimizer.no_decay)
@@ -67,7 +68,7 @@ def validate(c: Config) -> None:
 
 
 # Which objectives a kind of model can have.
-OBJECTIVES = {'decoder': ('causal', 'answer'), 'rnn': ('causal',), 'ngram': ('causal',), 'encoder': ('mask', 'pairs'),
+OBJECTIVES = {'decoder': ('causal', 'answer'), 'rnn': ('causal',), 'ngram': ('causal',), 'encoder': ('mask', 'pairs', 'classify'),
               'seq2seq': ('next', 'prefix', 'spans', 'answer'), 'rnn_seq2seq': ('next', 'prefix', 'answer')}
 
 
@@ -80,8 +81,15 @@ def _objective(c: Config, need) -> None:
        f'model.kind={m.kind} has no encoder beside it: set 0')
   if o.name == 'spans':
     need(span_lengths(o)[1] <= c.length, 'length', f'spans of objective.source={o.source} have {span_lengths(o)[1]} targets')
-  need((o.name == 'answer') == bool(c.data.target), 'data.target', 'objective.name=answer wants the field of the answers' if
-       o.name == 'answer' else 'only objective.name=answer has answers: set \'\'')
+  answers = o.name in ('answer', 'classify')
+  need(answers == bool(c.data.target), 'data.target', f'objective.name={o.name} wants the field of the answers' if answers else
+       f'objective.name={o.name} has no answers: set \'\'')
+  classes = [name for name in c.data.classes.split('|') if name]
+  need(bool(classes) == (o.name == 'classify') and len(set(classes)) == len(classes), 'data.classes',
+       'wants the different answers of objective.name=classify, with | between; of all others, \'\'')
+  if o.name == 'classify':
+    need(m.head == 'classify' and m.pooler, 'model.head', 'classify wants model.head=classify and model.pooler=True')
+    need(m.C == len(classes), 'model.C', f'data.classes are {len(classes)}')
   if o.name == 'pairs':
     need(m.pooler and m.T == 2 and m.C == 2, 'model.pooler', 'pairs want model.pooler=True, model.T=2 and model.C=2')
     need(c.length >= 8, 'length', 'pairs want 8 or more')

@@ -52,6 +52,29 @@ def test_a_model_learns_to_answer_and_says_how_well(trained, monkeypatch):
     answers.evaluate_answers(lm, 'heldout', ['meteor'])
 
 
+def test_a_model_learns_to_classify(tmp_path, monkeypatch):
+  """Whether a number has a 7: accuracy by scores is that of training's own loss."""
+  import jax
+  devices = jax.devices()
+  monkeypatch.setattr(jax, 'devices', lambda *a: devices[:1])
+  numbers = np.random.default_rng(0).integers(0, 10, (400, 4))
+  lines = [json.dumps({'text': ' '.join(map(str, n)), 'seven': 'yes' if 7 in n else 'no'}) for n in numbers]
+  (tmp_path / 'n.jsonl').write_text('\n'.join(lines))
+  flat = {f'model.{k}': v for k, v in common.BERT.items()} | {
+      'model.head': 'classify', 'model.T': 0, 'objective.name': 'classify', 'data.target': 'seven', 'data.classes': 'no|yes',
+      'data.source': f'jsonl:{tmp_path}/n.jsonl', 'data.tokenizer': 'bytes', 'data.heldout': 0.1, 'steps': 200, 'batch': 32,
+      'length': 16, 'loss.chunks': 1, 'optimizer.lr': 3e-3, 'optimizer.warmup': 20, 'log_every': 50, 'eval_every': 100, 'mesh.fsdp': 1}
+  train.train(configs.from_flat(flat), tmp_path / 'run')
+  logged = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  held_out = [m['heldout_loss'] for m in logged if 'heldout_loss' in m]
+  assert held_out[-1] < 0.3 and max(m.get('accuracy', 0) for m in logged) > 0.95
+  result, each = answers.evaluate_answers(lms.load(tmp_path / 'run'), 'heldout', ['exact', 'f1'])
+  assert result['exact'] == np.mean([a['said'] == a['right'] for a in each]) > 0.9
+  np.testing.assert_allclose(result['nll_per_token'], held_out[-1], rtol=1e-5)
+  with pytest.raises(UsageError, match="data.classes='no|maybe': field seven also has 'yes'"):
+    train.train(configs.from_flat(flat | {'data.classes': 'no|maybe'}), tmp_path / 'other')
+
+
 def test_metrics_of_known_answers():
   said, right = ['spam', 'ham ', 'ham', 'eggs'], ['spam', 'ham', 'spam', 'ham']
   assert answers.METRICS['exact'](said, right) == {'exact': 0.5}

@@ -255,8 +255,31 @@ def answer(task: Task, stream: Stream, windows_B, numbers_B) -> dict[str, np.nda
   return out
 
 
+def labels_of(task: Task, stream: Stream) -> np.ndarray:
+  """int32 [documents]: which of data.classes each answer is. UsageError for one that is none."""
+  if ('labels', id(stream)) not in task.packed:
+    classes = {name: n for n, name in enumerate(task.config.data.classes.split('|'))}
+    said = [task.tokenizer.decode(stream.document(n)[1]) for n in range(len(stream.answers))]
+    strange = sorted(set(said) - set(classes))
+    if strange:
+      raise UsageError(f'data.classes={task.config.data.classes!r}: field {task.config.data.target} also has {strange[0]!r}')
+    task.packed['labels', id(stream)] = np.array([classes[name] for name in said], np.int32)
+  return task.packed['labels', id(stream)]
+
+
+def classify(task: Task, stream: Stream, windows_B, numbers_B) -> dict[str, np.ndarray]:
+  """A text a row, [CLS] text [SEP], cut at its end, and which class it is of."""
+  del numbers_B
+  out, t = _blank(task, len(windows_B)), task.tokenizer
+  for b, n in enumerate(windows_B):
+    row = [t.cls, *stream.document(n)[0][:task.config.length - 2], t.sep]
+    out['tokens'][b, :len(row)], out['segments'][b, :len(row)] = row, 1
+  out['positions'] = _recount(out['segments'])
+  return {**out, 'labels': labels_of(task, stream)[windows_B][:, None], 'weights': np.ones_like(out['weights'])}
+
+
 EXAMPLES = {'causal': causal, 'next': following, 'prefix': prefix, 'spans': spans, 'mask': mask, 'pairs': pairs,
-            'answer': answer}
+            'answer': answer, 'classify': classify}
 
 
 def make(task: Task, stream: Stream, windows_B: np.ndarray, numbers_B: np.ndarray) -> dict[str, np.ndarray]:
@@ -266,6 +289,8 @@ def make(task: Task, stream: Stream, windows_B: np.ndarray, numbers_B: np.ndarra
 
 def count(task: Task, stream: Stream) -> int:
   """Windows that a stream has."""
+  if task.objective.name == 'classify':
+    return len(labels_of(task, stream))
   return len(rows_of_answers(task, stream)) if task.objective.name == 'answer' else stream.windows(stride(task.config))
 
 
@@ -286,6 +311,9 @@ def shapes(config: Config) -> dict[str, tuple[int, type]]:
     out |= {'at': (S, np.int32), 'targets': (S, np.int32), 'weights': (S, np.float32)}
   if name == 'pairs':
     out |= {'types': (L, np.int32), 'labels': (1, np.int32)}
+  if name == 'classify':
+    del out['targets']
+    out |= {'labels': (1, np.int32), 'weights': (1, np.float32)}
   return out
 
 

@@ -55,6 +55,11 @@ def of_pairs(cfg: ModelConfig, params: dict, pooled_BD):
   return classify(cfg, params, pooled_BD[:, None])[:, 0]
 
 
+def class_nll(scores_BC, labels_B1):
+  """−log p of the right class, float32 [B, 1]."""
+  return jax.nn.logsumexp(scores_BC, -1, keepdims=True) - jnp.take_along_axis(scores_BC, labels_B1, -1)
+
+
 def outputs(cfg: ModelConfig, params: dict, hidden: Hidden):
   """float32, what the model is for: logits [B, L, V] (lm, mlm), hidden states [B, L, D] (none), scores of C classes of the text
   [B, C] (classify) or of each token [B, L, C] (tag; span: that an answer begins there, that it ends there)."""
