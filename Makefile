@@ -1,4 +1,4 @@
-# make quickstart | test | parity | bench | smollm2 | minilm | ladder. Each makes .venv first if need be; PYTHON=python3.12 chooses another
+# make quickstart | test | parity | bench | smollm2 | minilm | ladder | translate | classify. Each makes .venv first if need be; PYTHON=python3.12 chooses another
 # interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test parity bench smollm2 minilm ladder clean
+.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,14 @@ minilm: $(VENV)/installed-minilm
 # Writes docs/ladder.md: every kind of model on the same texts, scored by the same ruler. Within an hour on two cores.
 ladder: $(VENV)/installed-test
 	$(BIN)/python benchmarks/ladder.py
+
+# Writes docs/translation.md: a Transformer and a GRU learn German to English.
+translate: $(VENV)/installed-test
+	$(BIN)/python benchmarks/translate.py
+
+# Writes docs/classification.md: an encoder learns what is spam, beside TF-IDF and logistic regression.
+classify: $(VENV)/installed-test
+	$(BIN)/python benchmarks/classify.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -97,3 +97,10 @@ def test_usage_errors_are_one_line_and_code_2(argv, says):
 def test_a_size_that_a_config_file_does_not_know():
   with pytest.raises(UsageError, match="9b"):
     configs.load('configs/llama3.py:9b')
+
+
+@pytest.mark.parametrize('name', ['translation', 'translation:gru', 'classification', 'classification:yes|no|perhaps'])
+def test_configs_for_fine_tuning_are_good(name):
+  file, _, argument = name.partition(':')
+  c = configs.load(f'configs/finetune/{file}.py' + (f':{argument}' if argument else ''))
+  assert c.data.target and c.model.C == len([x for x in c.data.classes.split('|') if x])
