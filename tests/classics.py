@@ -44,6 +44,7 @@ def make(name: str, seed: int = 0, **changes):
   nothing; its own output matrix where the family has one; eager attention, in float32."""
   cls, config, arguments = ALL[name]
   config = getattr(transformers, config)(**{**arguments, **changes}, attn_implementation='eager')
+  torch.manual_seed(seed)  # of the initialisation: what other tests drew is no part of it
   model = getattr(transformers, cls)(config).float().eval()
   if name == 't5 1.1':  # transformers 5 ties it until a file says otherwise
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())

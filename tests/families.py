@@ -58,6 +58,7 @@ def make(name: str, seed: int = 0):
   nothing; eager attention, in float32."""
   kind, arguments = FAMILIES[name]
   config = getattr(transformers, kind)(**arguments)
+  torch.manual_seed(seed)  # of the initialisation: what other tests drew is no part of it
   model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager').float().eval()
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
