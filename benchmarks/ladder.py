@@ -10,23 +10,17 @@ import argparse
 import json
 import math
 import pathlib
-import subprocess
-import sys
 import time
 
 import numpy as np
+from running import ROOT, jaxlm
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = {'3-gram': 'ngram.py:3', '5-gram': 'ngram.py:5', 'LSTM': 'ladder.py:lstm', 'GRU seq2seq': 'ladder.py:gru_seq2seq',
            'Transformer (2017)': 'ladder.py:transformer', 'BERT (pseudo)': 'ladder.py:bert', 'T5': 'ladder.py:t5',
            'GPT-2': 'ladder.py:gpt2', 'Llama': 'ladder.py:llama', 'MoE': 'ladder.py:moe'}
 EVAL = {'BERT (pseudo)': ['--context=64', '--batch=64'], 'GRU seq2seq': ['--stride=256'], 'T5': ['--stride=256'],
         'Transformer (2017)': ['--stride=256'], 'LSTM': ['--batch=32']}
 SAMPLES = 10_000  # of the bootstrap and of the permutation test
-
-
-def jaxlm(*words: str) -> None:
-  subprocess.run([sys.executable, '-m', 'jaxlm', *words], cwd=ROOT, check=True)
 
 
 def source_of(corpus: str, workdir: pathlib.Path) -> str:

@@ -6,14 +6,8 @@ held-out ones: sacreBLEU and chrF, greedy and with 4 beams. Writes docs/translat
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def jaxlm(*words: str) -> None:
-  subprocess.run([sys.executable, '-m', 'jaxlm', *words], cwd=ROOT, check=True)
+from running import ROOT, jaxlm
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxlm import layout
 from jaxlm.models.output import UNEMBED, Hidden, finish, gathered, unembed
 from jaxlm.models.layers import contract_gradients, use
 from jaxlm.schema import LossConfig, ModelConfig

@@ -24,7 +24,7 @@ def say(text: str) -> None:
 
 
 def flops_per_token(m: ModelConfig, params: int, length: int) -> float:
-  """Model FLOPs of a training step, a token: 6 · (weights in matmuls that a token meets) + attention's.
+  """Model FLOPs of a decoder's training step, a token: 6 · (weights in matmuls that a token meets) + attention's.
 
   Forward is 2 a weight, backward twice that. A layer's scores and mix are 2 · (head dims of keys and of values) · H a
   token seen, forward; a token sees L/2 others on average, w · (1 − w/2L) through a window of w. An embedding that is
@@ -110,7 +110,7 @@ class Log:
     self.write(step, {
         'loss': float(sums['nll'] / max(tokens, 1)), 'objective': float(sums['loss'] / max(tokens, 1)),
         'tokens': step * c.batch * c.length, 'tokens_per_second': speed, 'step_seconds': seconds / sums['steps'],
-        'model_flops_per_second': speed * self._flops, 'grad_norm': float(sums['grad_norm']),
+        **({'model_flops_per_second': speed * self._flops} if c.model.kind == 'decoder' else {}), 'grad_norm': float(sums['grad_norm']),
         'param_norm': float(sums['param_norm']), 'learning_rate': float(sums['learning_rate']), **more})
     self._sums, self._since = {}, time.time()
 

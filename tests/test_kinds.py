@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from jaxlm import layout, lm as lms, objectives, scoring
-from jaxlm.data import examples
+from jaxlm import beams, decoding, layout, lm as lms, objectives, scoring
 from jaxlm.models import encoder, kinds, rnn
 from jaxlm.optimizer import make_optimizer
+from jaxlm.sampling import Sampling
 from jaxlm.step import init_state, make_step
 from tests import common
 
@@ -224,13 +224,18 @@ _logits = jax.jit(kinds.logits, static_argnums=0)
 
 
 @pytest.mark.parametrize('family', [k for k in KINDS if k != 'bert'])
-def test_greedy_is_the_argmax_and_one_beam_of_many_is_no_worse(family):
+def test_greedy_is_the_argmax_and_beams_are_the_best_of_all(family):
   lm = make_lm(family)
   prompts = ['def f(', 'a much longer prompt than the other one']
   assert lm.generate(prompts, 10, temperature=0) == [greedy(lm, p, 10) for p in prompts]
   assert make_lm(family, (1, 2, 2)).generate(prompts, 10, temperature=0) == lm.generate(prompts, 10, temperature=0)
-  assert lm.generate(prompts, 6, num_beams=1, temperature=0) != [''] * 2
-  assert all(isinstance(t, str) for t in lm.generate(prompts, 6, num_beams=3))
+  V, ids = lm.tokenizer.vocab_size, lm.prompt(prompts[0])
+  (found,) = beams.search(lm, [ids], 2, Sampling(0., num_beams=V), set())  # as many beams as tokens: all pairs are seen
+  with jax.set_mesh(lm.mesh):
+    rows = decoding.make(lm, [ids] * V, 2)
+    first_BV = np.asarray(jax.nn.log_softmax(rows.start()[:, :V]))
+    second_BV = np.asarray(jax.nn.log_softmax(rows.extend(jax.device_put(np.arange(V, dtype=np.int32), layout.spec('B')))[:, :V]))
+  assert found == list(np.unravel_index(np.argmax(first_BV[0][:, None] + second_BV), (V, V)))
 
 
 def test_an_encoder_generates_no_text():

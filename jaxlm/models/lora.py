@@ -10,7 +10,6 @@ import re
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models.layers import normal
 from jaxlm.schema import ModelConfig
 
 STACKED = re.compile(r'(encoder/)?(layers|backward)/.*/w$')

@@ -116,6 +116,7 @@ def forward(cfg: ModelConfig, params: dict, batch: dict, training: Training | No
   source = remember(cfg, params, batch, dropout)
   weights = gathered(params, dtype)
   unembedding = embedding.unembedding(cfg, params)
+  whole = output.gathered(Hidden(source['memory'], unembedding, {}))  # once, not at every token
   own_inputs = training is not None and (cfg.rnn.teacher < 1 or cfg.rnn.sampling > 0)
   table_VD = jax.sharding.reshard(params['embed'].astype(dtype), jax.P(None, None))
   look_up = lambda token_B: table_VD.at[token_B].get(out_sharding=layout.spec('BD'))
@@ -124,7 +125,7 @@ def forward(cfg: ModelConfig, params: dict, batch: dict, training: Training | No
     state, has_B, last_BD = carried
     t, token_B, keep_B = now
     if own_inputs:
-      own_BV = output.finish(cfg, output.unembed(unembedding, last_BD[:, None]))[:, 0]
+      own_BV = output.finish(cfg, output.unembed(whole, last_BD[:, None]))[:, 0]
       own_B = jnp.argmax(jax.sharding.reshard(own_BV, layout.spec('B') + (None,)), -1).astype(jnp.int32)
       chance_B = jax.random.uniform(jax.random.fold_in(training.noise, t), token_B.shape, out_sharding=layout.spec('B'))
       teach_B = (chance_B < teacher_share(cfg, training.step)) | (keep_B == 0) | (t == 0)
