@@ -2,6 +2,7 @@
 
 Every model of configs/ladder.py, and n-grams, on the same training text, the same tokens (n-grams count all of the text),
 scored on the same held-out bytes; with bootstrap intervals over documents and a paired permutation test between neighbours.
+Speeds are measured apart, in rounds that take the models in turn, so that what else the machine does falls on all of them.
 Writes docs/ladder.md and docs/ladder.png. A model that has been scored in --workdir is not run again.
 
     python benchmarks/ladder.py [--workdir=runs/ladder] [--corpora=stdlib,shakespeare] [--models=lstm,…] [--steps=350]
@@ -20,6 +21,7 @@ CONFIGS = {'3-gram': 'ngram.py:3', '5-gram': 'ngram.py:5', 'LSTM': 'ladder.py:ls
            'GPT-2': 'ladder.py:gpt2', 'Llama': 'ladder.py:llama', 'MoE': 'ladder.py:moe'}
 EVAL = {'BERT (pseudo)': ['--context=64', '--batch=64'], 'GRU seq2seq': ['--stride=256'], 'T5': ['--stride=256'],
         'Transformer (2017)': ['--stride=256'], 'LSTM': ['--batch=32']}
+ROUNDS, ROUND = 3, 16  # of speed: how many, and steps a model in each
 SAMPLES = 10_000  # of the bootstrap and of the permutation test
 
 
@@ -33,26 +35,40 @@ def source_of(corpus: str, workdir: pathlib.Path) -> str:
   return f'jsonl:{file}'
 
 
+def train(name: str, corpus: str, workdir: pathlib.Path, folder: pathlib.Path, flags: list[str]) -> None:
+  jaxlm('train', f'--config=configs/{CONFIGS[name]}', f'--workdir={folder}', '--config.data.tokenizer=bpe:4096',
+        f'--config.data.source={source_of(corpus, workdir)}', f'--config.data.cache={workdir / corpus / "tokens"}',
+        '--config.data.heldout=0.02', *flags)
+
+
 def run(name: str, corpus: str, workdir: pathlib.Path, steps: int) -> dict:
   """Trains and scores a model → its result, with what each document came to."""
   folder = workdir / corpus / name.replace(' ', '_')
   if not (folder / 'eval.json').exists():
-    count = name.endswith('gram')
-    flags = [f'--config.data.source={source_of(corpus, workdir)}', f'--config.data.cache={workdir / corpus / "tokens"}']
-    flags += ['--config.data.tokenizer=bpe:4096', '--config.data.heldout=0.02']
-    flags += ['--config.model.V=4096'] if count else [f'--config.steps={steps}']
     began = time.time()
-    jaxlm('train', f'--config=configs/{CONFIGS[name]}', f'--workdir={folder}', *flags)
+    train(name, corpus, workdir, folder, ['--config.model.V=4096'] if name.endswith('gram') else [f'--config.steps={steps}'])
     (folder / 'seconds').write_text(f'{time.time() - began:.1f}')
     jaxlm('eval', f'--workdir={folder}', f'--by_document={folder / "documents.jsonl"}', f'--json={folder / "eval.json"}',
           *EVAL.get(name, []))
   documents = [json.loads(line) for line in (folder / 'documents.jsonl').read_text().splitlines()]
-  metrics = folder / 'metrics.jsonl'  # n-grams have none
-  lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-  speed = [line['tokens_per_second'] for line in lines[1:] if 'tokens_per_second' in line]
   return {'name': name, 'nats': np.array([d['nll'] for d in documents]), 'bytes': np.array([d['bytes'] for d in documents]),
-          'names': [d['name'] for d in documents], 'tokens_per_second': float(np.median(speed)) if speed else None,
-          'seconds': float((folder / 'seconds').read_text())}
+          'names': [d['name'] for d in documents], 'seconds': float((folder / 'seconds').read_text())}
+
+
+def speeds(names: list[str], corpus: str, workdir: pathlib.Path) -> dict[str, float]:
+  """Training tokens a second of each model that is trained: medians of ROUNDS rounds of its later steps."""
+  file = workdir / 'speed.json'
+  if not file.exists():
+    found = {name: [] for name in names if not name.endswith('gram')}
+    for n in range(ROUNDS):
+      for name, values in found.items():
+        folder = workdir / 'speed' / name.replace(' ', '_')
+        train(name, corpus, workdir, folder / str(n), [f'--config.steps={ROUND}', f'--config.log_every={ROUND // 2}',
+                                                       f'--config.compile_cache={folder / "compile_cache"}'])
+        lines = [json.loads(line) for line in (folder / str(n) / 'metrics.jsonl').read_text().splitlines()]
+        values.append(lines[-1]['tokens_per_second'])
+    file.write_text(json.dumps(found))
+  return {name: float(np.median(values)) for name, values in json.loads(file.read_text()).items()}
 
 
 def bits_per_byte(nats, size):
@@ -75,7 +91,7 @@ def p_value(a: dict, b: dict) -> float:
   return float((1 + (np.abs(signs @ gap) >= abs(gap.sum())).sum()) / (1 + SAMPLES))
 
 
-def table(corpus: str, results: list[dict]) -> list[str]:
+def table(corpus: str, results: list[dict], speed: dict[str, float]) -> list[str]:
   size = sum(results[0]['bytes'])
   out = [f'## {corpus}: {len(results[0]["bytes"])} documents, {size:,} bytes held out', '',
          '| model | bits per byte | 95% interval | p, against the row above | training tokens/s | training seconds |',
@@ -83,8 +99,8 @@ def table(corpus: str, results: list[dict]) -> list[str]:
   for n, r in enumerate(results):
     low, high = interval(r)
     p = f'{p_value(results[n - 1], r):.4f}' if n else '–'
-    speed = f'{r["tokens_per_second"]:,.0f}' if r['tokens_per_second'] else '–'
-    out.append(f'| {r["name"]} | {bits_per_byte(r["nats"], r["bytes"]):.4f} | {low:.4f} – {high:.4f} | {p} | {speed} '
+    rate = f'{speed[r["name"]]:,.0f}' if r['name'] in speed else '–'
+    out.append(f'| {r["name"]} | {bits_per_byte(r["nats"], r["bytes"]):.4f} | {low:.4f} – {high:.4f} | {p} | {rate} '
                f'| {r["seconds"]:,.0f} |')
   return [*out, '']
 
@@ -114,16 +130,19 @@ def main() -> None:
   parser.add_argument('--out', type=pathlib.Path, default=ROOT / 'docs')
   flags = parser.parse_args()
   workdir, began, everything = flags.workdir.absolute(), time.time(), {}
-  for corpus in flags.corpora.split(','):
-    results = [run(name, corpus, workdir, flags.steps) for name in flags.models.split(',')]
+  corpora, names = flags.corpora.split(','), flags.models.split(',')
+  speed = speeds(names, corpora[0], workdir)
+  for corpus in corpora:
+    results = [run(name, corpus, workdir, flags.steps) for name in names]
     everything[corpus] = sorted(results, key=lambda r: -bits_per_byte(r['nats'], r['bytes']))
   flags.out.mkdir(parents=True, exist_ok=True)
   plot(everything, flags.out / 'ladder.png')
   text = ['# Every model on one ruler\n\nMade by `make ladder`: models of about 1.7M parameters (configs/ladder.py), '
-          f'{flags.steps} steps of 4,096 tokens each; n-grams count all of the text. BERT\'s number is a pseudo-perplexity: each token given all others '
-          'of its window. It is no probability of the text, and does not compare with the others.\n\n![ladder](ladder.png)\n']
+          f'{flags.steps} steps of 4,096 tokens each; n-grams count all of the text. BERT\'s number is a '
+          'pseudo-perplexity: each token given all others of its window. It is no probability of the text, and does not compare with '
+          'the others.\n\n![ladder](ladder.png)\n']
   for corpus, results in everything.items():
-    text += table(corpus, results)
+    text += table(corpus, results, speed)
   (flags.out / 'ladder.md').write_text('\n'.join(text), encoding='utf-8')
   print('\n'.join(text), f'\n{time.time() - began:,.0f} s')
 

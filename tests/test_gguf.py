@@ -1,12 +1,8 @@
 """GGUF files, written here with the gguf package as llama.cpp's own script does it, come in as what they were made from;
 none that is damaged comes in, nor ends in a traceback."""
 import functools
-import json
-import pickle
 import shutil
 import struct
-import subprocess
-import sys
 
 import gguf
 import numpy as np
