@@ -22,10 +22,10 @@ BESIDE = dict(name='next', source=256)
 POSTNORM = dict(norm='layer', norm_place='after', mlp='relu', bias='all')
 MODELS = {
     'lstm': dict(model=dict(kind='rnn', D=224, N=2, init_std=0.06), data=dict(order='contiguous'),
-                 optimizer=dict(name='adamw', lr=4e-3)),
+                 optimizer=dict(name='adamw', lr=1e-2)),
     'gru_seq2seq': dict(
         model=dict(kind='rnn_seq2seq', D=224, N=1, init_std=0.06, rnn=dict(cell='gru', attention='luong')), objective=BESIDE,
-        optimizer=dict(name='adamw', lr=4e-3)),
+        optimizer=dict(name='adamw', lr=1e-2)),
     'transformer': dict(model=dict(kind='seq2seq', D=128, H=4, G=4, K=32, F=512, N=3, encoder_N=2, position='sinusoidal',
                                    scale_embedding=True, **POSTNORM),
                         objective=BESIDE, loss=dict(smoothing=0.), optimizer=dict(schedule='inverse_sqrt', warmup=100)),
