@@ -19,7 +19,7 @@ def baseline(config) -> np.ndarray:
   from sklearn.feature_extraction.text import TfidfVectorizer  # pylint: disable=g-import-not-at-top
   from sklearn.linear_model import LogisticRegression
   from sklearn.pipeline import make_pipeline
-  split = lambda part: zip(*((text, label) for _, text, label in sources.answers(config.data.source, config.data, part)))
+  split = lambda part: zip(*((text, label) for _, text, label in sources.records(config.data.source, config.data, part)))
   model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2), LogisticRegression(C=10, max_iter=1000))
   model.fit(*split('train'))
   texts, labels = split('heldout')

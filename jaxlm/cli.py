@@ -3,7 +3,7 @@
     jaxlm train     --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE …]
     jaxlm eval      --workdir=DIR [--data=SOURCE --step=N --context=C --stride=S --batch=B --mesh=D,F,T --json=FILE]
     jaxlm eval      --workdir=DIR [--data=SOURCE --metrics=exact,bleu,… --num_beams --max_length --limit --answers=FILE
-                    --json=FILE]   of a run that was trained on answers (data.target)
+                    --json=FILE]   of a run that was trained to answer
     jaxlm eval      --workdir=DIR --tasks=NAME[,NAME] [--task_path=DIR --num_fewshot=N --limit=N --context --batch --json]
     jaxlm generate  --workdir=DIR --prompt=TEXT [--max_length=100 --temperature=0.7 --top_k --top_p --min_p
                     --repetition_penalty --num_beams --stop=TEXT --seed=0 --json=FILE]
@@ -67,7 +67,8 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_integer('batch', 16, 'rows at a time; changes speed only', flag_values=f)
     flags.DEFINE_string('by_document', None, 'write name, bytes, tokens and nats of each document to this file, a JSON a line',
                         flag_values=f)
-    flags.DEFINE_list('metrics', ['exact'], 'of answers: exact, bleu, chrf, rouge, f1', flag_values=f)
+    flags.DEFINE_list('metrics', [], 'of answers: exact (default), bleu, chrf, rouge, f1; of tags: accuracy (default), seqeval; of '
+                      'spans: squad', flag_values=f)
     flags.DEFINE_string('answers', None, 'write question, what was said and what is right to this file, a JSON a line',
                         flag_values=f)
     flags.DEFINE_integer('num_beams', 1, 'of answers: above 1: beam search', flag_values=f)
@@ -152,7 +153,8 @@ def _write_json(path: str, result: dict) -> None:
 def _eval(f, overrides):
   _refuse_flags(f, ('tasks',) if f.tasks else ('texts', 'answers'))
   lm = _load(f)
-  what = 'tasks' if f.tasks else 'answers' if lm.config.data.target else 'texts'
+  from jaxlm.data import asked  # pylint: disable=g-import-not-at-top
+  what = 'tasks' if f.tasks else 'answers' if lm.config.objective.name in asked.RECORDS else 'texts'
   _refuse_flags(f, (what,))
   {'tasks': _eval_tasks, 'answers': _eval_answers, 'texts': _eval_text}[what](f, lm)
 

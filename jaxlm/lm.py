@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm import checkpoint, encode, generate, layout
 from jaxlm.schema import Config, LoraConfig, MeshConfig
-from jaxlm.data import pipeline
+from jaxlm.data import forms, pipeline
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.metrics import say
@@ -58,6 +58,14 @@ class LM:
     tag and span, L the tokens of the longest text; −1e30 after those of a shorter. Texts are cut to config.length tokens."""
     return encode.scores(self, texts)
 
+  def tag(self, sentences) -> list[list[str]]:
+    """The likeliest of data.classes for each word of each sentence, a list of words; a long sentence is read in parts."""
+    return encode.tags(self, sentences)
+
+  def answer(self, questions, contexts) -> list[str]:
+    """What of each context answers its question, '' if nothing does; a long context is read in parts that overlap by half."""
+    return encode.answers(self, questions, contexts)
+
   def embed(self, texts) -> np.ndarray:
     """float32 numpy vectors [B, D] of texts, as model.pool and model.normalize say. Texts are cut to config.length tokens."""
     return encode.embed(self, texts)
@@ -88,8 +96,11 @@ class LM:
     """
     return generate.generate(self, prompts, max_length, Sampling(temperature, **sampling), seed, stop, stream)
 
-  def prompt(self, text: str) -> list[int]:
-    """Ids of a text to go on from; of a question, where the model was trained to answer."""
+  def prompt(self, text) -> list[int]:
+    """Ids of a text to go on from; of a question, where the model was trained to answer; of messages (forms.chat_prompt), where it
+    was trained on chats."""
+    if self.config.data.form == 'chat':
+      return forms.chat_prompt(self.tokenizer, self.config.data, text)
     if self.config.objective.name != 'answer':
       return self.tokenizer.prompt(text)
     boundary = self.tokenizer.boundary
@@ -108,8 +119,10 @@ class LM:
 
   @functools.cached_property
   def stop_ids(self) -> set[int]:
-    """Tokens that end a text: the boundary, and those of data.stop."""
-    return {self.tokenizer.boundary, *self.tokenizer.ids_of(self.config.data.stop.split())}
+    """Tokens that end a text: the boundary, those of data.stop, and what ends what a chat's assistant says."""
+    data = self.config.data
+    ends = self.tokenizer.encode_template(forms.parts(data.template, '')[1])[:1] if data.form == 'chat' else []
+    return {self.tokenizer.boundary, *self.tokenizer.ids_of(data.stop.split()), *ends}
 
   @property
   def rows_multiple(self) -> int:

@@ -2,6 +2,7 @@
 kind of model is in the batch (data/examples.py): here, it is all cross entropy."""
 import jax.numpy as jnp
 
+from jaxlm.data.rows import CHOICES
 from jaxlm.errors import UsageError
 from jaxlm.loss import cross_entropy
 from jaxlm.models import heads, kinds
@@ -26,25 +27,25 @@ def token_loss(config: Config, params, batch, training: Training | None = None, 
     sums['load'] = hidden.reports['load_E']
   if 'labels' in batch:
     logits_BC = heads.of_pairs(config.model, params, hidden.pooled_BD)
-    sums |= {'pairs_nll': heads.class_nll(logits_BC, batch['labels']).sum(), 'pairs': jnp.float32(len(logits_BC)),
+    sums |= {'pairs_nll': heads.class_nll(logits_BC, batch['labels'][:, 0]).sum(), 'pairs': jnp.float32(len(logits_BC)),
              'pairs_right': jnp.sum(logits_BC.argmax(-1) == batch['labels'][:, 0]).astype(jnp.float32)}
     loss += config.objective.next_sentence * sums['tokens'] * sums['pairs_nll'] / sums['pairs']
   return loss, (sums, hidden.carry)
 
 
-def class_loss(config: Config, params, batch, training: Training | None = None, carry=None):
-  """Cross entropy of the class of each text; 'tokens' are texts, and 'right' those whose likeliest class is theirs."""
+def choice_loss(config: Config, params, batch, training: Training | None = None, carry=None):
+  """Cross entropy of what is to be chosen (heads.choices): 'tokens' are choices, 'right' those whose likeliest is theirs."""
   hidden = kinds.forward(config.model, params, batch, training, carry)
-  scores_BC = heads.outputs(config.model, params, hidden)
-  loss = jnp.sum(heads.class_nll(scores_BC, batch['labels']) * batch['weights'])
-  right_B1 = (scores_BC.argmax(-1, keepdims=True) == batch['labels']).astype(jnp.float32)
-  return loss, ({'nll': loss, 'tokens': batch['weights'].sum(), 'right': jnp.sum(right_B1 * batch['weights'])}, hidden.carry)
+  scores_BSC = heads.choices(config.model, params, hidden, batch['segments'])
+  loss = jnp.sum(heads.class_nll(scores_BSC, batch['labels']) * batch['weights'])
+  right_BS = (scores_BSC.argmax(-1) == batch['labels']).astype(jnp.float32)
+  return loss, ({'nll': loss, 'tokens': batch['weights'].sum(), 'right': jnp.sum(right_BS * batch['weights'])}, hidden.carry)
 
 
 def of(config: Config):
   """The objective that a config names."""
-  if config.objective.name == 'classify':
-    return class_loss
+  if config.objective.name in CHOICES:
+    return choice_loss
   if config.model.head not in ('lm', 'mlm'):
     raise UsageError(f'model.head={config.model.head!r}: has no logits to train on texts; only lm and mlm do')
   return token_loss

@@ -165,7 +165,7 @@ class LossConfig:
 class ObjectiveConfig:
   """What is asked of the model: how a window of the text becomes an example (a key of data/examples.EXAMPLES)."""
   name: str = 'causal'      # causal | next | prefix | spans (for seq2seq kinds) | mask | pairs (for encoders) | answer |
-                            # classify (encoders with head=classify)
+                            # classify | tag | span (encoders with that head)
   source: int = 0           # tokens that an encoder reads; 0 where there is none
   share: float = 0.15       # of tokens that are masked (mask, pairs, spans)
   span: float = 3.          # spans: mean tokens of a masked span
@@ -213,9 +213,13 @@ class DataConfig:
   start: str = ''           # the token, by name, that a decoder beside an encoder begins with, which then reads all of the
                             # prompt; '': as it was trained (decoding.py)
   cache: str = ''           # a folder; '' is data/ in the workdir
-  key: str = 'text'         # the field that holds the text: jsonl, arrayrecord, tfds
-  target: str = ''          # the field that holds its answer (objectives answer, classify); '': texts have none
-  classes: str = ''         # classify: the answers that there are, with | between, as 'ham|spam'
+  form: str = 'text'        # what a record is (data/forms.py): text | tags (of words) | span (of a text) | chat
+  key: str = 'text'         # the field that holds the text: jsonl, arrayrecord, tfds; the words (tags), question (span), messages
+  target: str = ''          # the field that holds its answer (objectives answer, classify, tag, span); '': texts have none
+  context: str = ''         # form=span: the field that holds the text of which the answer is a part
+  classes: str = ''         # classify, tag: the answers that there are, with | between, as 'ham|spam'
+  template: str = ''        # form=chat: how a message is written, as '<|im_start|>{role}\n{content}<|im_end|>\n'; tokens of the
+                            # vocabulary may be named in it; what follows {content} ends what the assistant says
   order: str = 'shuffled'   # shuffled | contiguous: row b of a step goes on where row b of the step before ended
 
 

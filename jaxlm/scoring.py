@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxlm.data import pipeline
+from jaxlm.data.rows import CHOICES
 from jaxlm.errors import UsageError
 from jaxlm.loss import per_token_nll
 from jaxlm.models import heads, kinds
@@ -105,8 +106,9 @@ def make_nll(config: Config) -> Callable:
   @jax.jit
   def nll(params, batch, carry=None):
     hidden = kinds.forward(config.model, params, batch, carry=carry)
-    if config.objective.name == 'classify':
-      return heads.class_nll(heads.outputs(config.model, params, hidden), batch['labels']) * batch['weights'], hidden.carry
+    if config.objective.name in CHOICES:
+      scores_BSC = heads.choices(config.model, params, hidden, batch['segments'])
+      return heads.class_nll(scores_BSC, batch['labels']) * batch['weights'], hidden.carry
     losses = per_token_nll(config.model, config.loss, hidden.x_BLD, hidden.unembed, batch['targets'])
     return losses * batch['weights'], hidden.carry
   return nll

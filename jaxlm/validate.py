@@ -11,8 +11,8 @@ CHOICES = {
     'model.qk_norm': ('none', 'head', 'all'), 'model.position': ('rope', 'learned', 'sinusoidal', 'relative', 'none'),
     'model.head': ('lm', 'mlm', 'none', 'classify', 'tag', 'span'), 'model.pool': ('none', 'mean', 'first'),
     'model.rnn.cell': ('lstm', 'gru'), 'model.rnn.attention': ('none', 'bahdanau', 'luong'),
-    'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs', 'answer', 'classify'),
-    'data.order': ('shuffled', 'contiguous'),
+    'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs', 'answer', 'classify', 'tag', 'span'),
+    'data.order': ('shuffled', 'contiguous'), 'data.form': ('text', 'tags', 'span', 'chat'),
     'model.mlp': ('swiglu', 'geglu', 'gelu', 'gelu_exact', 'relu', 'silu'), 'model.bias': ('none', 'all', 'qkv', 'not_qkv'),
     'model.dtype': ('float32', 'bfloat16'), 'model.attention': ('auto', 'dot_product', 'blocked', 'plain'),
     'model.remat': ('none', 'dots', 'full'), 'model.rope.scaling': ('none', 'linear', 'llama3', 'yarn'),
@@ -52,7 +52,7 @@ def validate(c: Config) -> None:
     need(c.steps == 1, 'steps', 'an n-gram is counted once, at step 1: set 1')
   need(c.batch % c.microbatches == 0, 'microbatches', f'does not divide batch={c.batch}')
   _objective(c, need)
-  targets = 1 if c.objective.name == 'classify' else selected(c) if m.kind == 'encoder' else c.length
+  targets = 1 if c.objective.name in HEADS else selected(c) if m.kind == 'encoder' else c.length
   need(targets % c.loss.chunks == 0, 'loss.chunks', f'does not divide the {targets} targets of a row (length={c.length})')
   try:
     re.compile(c.optimizer.no_decay)
@@ -67,9 +67,16 @@ def validate(c: Config) -> None:
     check_mesh(c, sizes)
 
 
+HEADS = ('classify', 'tag', 'span')  # objectives that want the head of their name
 # Which objectives a kind of model can have.
-OBJECTIVES = {'decoder': ('causal', 'answer'), 'rnn': ('causal',), 'ngram': ('causal',), 'encoder': ('mask', 'pairs', 'classify'),
+OBJECTIVES = {'decoder': ('causal', 'answer'), 'rnn': ('causal',), 'ngram': ('causal',), 'encoder': ('mask', 'pairs', 'classify', 'tag', 'span'),
               'seq2seq': ('next', 'prefix', 'spans', 'answer'), 'rnn_seq2seq': ('next', 'prefix', 'answer')}
+
+
+def template_is_good(template: str) -> bool:
+  """It has the content once, the role before it or nowhere, no other field, and an end."""
+  before, content, after = template.partition('{content}')
+  return bool(content and after) and not re.search(r'\{\w*\}', before.replace('{role}', '') + after)
 
 
 def _objective(c: Config, need) -> None:
@@ -81,15 +88,24 @@ def _objective(c: Config, need) -> None:
        f'model.kind={m.kind} has no encoder beside it: set 0')
   if o.name == 'spans':
     need(span_lengths(o)[1] <= c.length, 'length', f'spans of objective.source={o.source} have {span_lengths(o)[1]} targets')
-  answers = o.name in ('answer', 'classify')
+  forms = {'tag': ('tags',), 'span': ('span',), 'answer': ('text', 'chat') if m.kind == 'decoder' else ('text',)}.get(
+      o.name, ('text',))
+  need(c.data.form in forms, 'data.form', f'objective.name={o.name} of model.kind={m.kind} wants {" or ".join(forms)}')
+  answers = o.name in ('answer', *HEADS) and c.data.form != 'chat'
   need(answers == bool(c.data.target), 'data.target', f'objective.name={o.name} wants the field of the answers' if answers else
-       f'objective.name={o.name} has no answers: set \'\'')
+       f'objective.name={o.name}, data.form={c.data.form} has no answers: set \'\'')
+  need(bool(c.data.context) == (o.name == 'span'), 'data.context', 'wants the field of the text for objective.name=span; else \'\'')
+  need(template_is_good(c.data.template) if c.data.form == 'chat' else not c.data.template, 'data.template',
+       'wants one {content}, {role} if need be, and something after {content} that ends it; but for data.form=chat, \'\'')
   classes = [name for name in c.data.classes.split('|') if name]
-  need(bool(classes) == (o.name == 'classify') and len(set(classes)) == len(classes), 'data.classes',
-       'wants the different answers of objective.name=classify, with | between; of all others, \'\'')
-  if o.name == 'classify':
-    need(m.head == 'classify' and m.pooler, 'model.head', 'classify wants model.head=classify and model.pooler=True')
-    need(m.C == len(classes), 'model.C', f'data.classes are {len(classes)}')
+  need(bool(classes) == (o.name in ('classify', 'tag')) and len(set(classes)) == len(classes), 'data.classes',
+       'wants the different answers of objective.name=classify or tag, with | between; of all others, \'\'')
+  if o.name in HEADS:
+    need(m.head == o.name and (m.pooler or o.name != 'classify'), 'model.head',
+         f'{o.name} wants model.head={o.name}' + (' and model.pooler=True' if o.name == 'classify' else ''))
+    need(m.C == (len(classes) or 2), 'model.C', f'objective.name={o.name} chooses among {len(classes) or 2}')
+  if o.name == 'span':
+    need(c.length >= 8, 'length', 'a question and a text want 8 or more')
   if o.name == 'pairs':
     need(m.pooler and m.T == 2 and m.C == 2, 'model.pooler', 'pairs want model.pooler=True, model.T=2 and model.C=2')
     need(c.length >= 8, 'length', 'pairs want 8 or more')

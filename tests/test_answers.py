@@ -8,6 +8,7 @@ import sacrebleu
 
 from jaxlm import answers, config as configs, train
 from jaxlm import lm as lms
+from jaxlm.data import sources
 from jaxlm.errors import UsageError
 from tests import common
 
@@ -45,10 +46,10 @@ def test_a_model_learns_to_answer_and_says_how_well(trained, monkeypatch):
   assert 'version:' in result['bleu_signature'] and result['rougeL'] > 0.9
   beams, _ = answers.evaluate_answers(lm, 'heldout', ['exact'], num_beams=3, limit=5)
   assert beams['questions'] == 5 and beams['exact'] > 0.7
-  by_hand = answers.loss(lm, [(a['name'], a['question'], a['right']) for a in each], batch=3)
+  by_hand = answers.loss(lm, [(a['question'], a['right']) for a in each], batch=3)
   np.testing.assert_allclose(by_hand['nll_per_token'], result['nll_per_token'], rtol=1e-5)
   assert result['tokens'] == sum(len(a['right']) + 1 for a in each) and result['nll_per_token'] < 0.1
-  with pytest.raises(UsageError, match='--metrics=meteor: wants some of exact'):
+  with pytest.raises(UsageError, match='--metrics=meteor: objective.name=answer wants some of exact'):
     answers.evaluate_answers(lm, 'heldout', ['meteor'])
 
 
@@ -73,6 +74,69 @@ def test_a_model_learns_to_classify(tmp_path, monkeypatch):
   np.testing.assert_allclose(result['nll_per_token'], held_out[-1], rtol=1e-5)
   with pytest.raises(UsageError, match="data.classes='no|maybe': field seven also has 'yes'"):
     train.train(configs.from_flat(flat | {'data.classes': 'no|maybe'}), tmp_path / 'other')
+
+
+COLOURS, PETS = ('red', 'blue', 'green'), ('cat', 'dog', 'owl')
+
+
+def _record(objective: str, rng) -> dict:
+  """tag: a word's tag is its kind, but after 'not' it is O. span: the first colour in a text, if there is one. chat: the
+  assistant names the kind of the user's word."""
+  words = [str(w) for w in rng.choice(['not', *COLOURS, *PETS], 4)]
+  if objective == 'tag':
+    tags = ['O' if w == 'not' or before == 'not' else 'B-COL' if w in COLOURS else 'B-PET' for before, w in zip(['', *words], words)]
+    return {'words': words, 'tags': tags}
+  if objective == 'span':
+    words = [str(w) for w in rng.choice(['not', *COLOURS, *PETS, *PETS], rng.integers(3, 14))]
+    right = [w for w in words if w in COLOURS][:1]
+    return {'question': 'colour?', 'context': ' '.join(w for w in words if w in [*right, *PETS, 'not']), 'answer': right}
+  turns = [({'role': 'user', 'content': w}, {'role': 'assistant', 'content': 'colour' if w in COLOURS else 'pet'})
+           for w in words[:2] if w != 'not'] or [({'role': 'user', 'content': 'cat'}, {'role': 'assistant', 'content': 'pet'})]
+  return {'messages': [m for turn in turns for m in turn]}
+
+
+RUNS = {'tag': ('bert', {'model.head': 'tag', 'model.C': 3, 'data.classes': 'O|B-COL|B-PET', 'data.form': 'tags', 'data.key': 'words',
+                         'data.target': 'tags', 'loss.chunks': 1}, ['accuracy', 'seqeval'], 'seqeval_f1'),
+        'span': ('bert', {'model.head': 'span', 'data.form': 'span', 'data.key': 'question', 'data.context': 'context',
+                          'data.target': 'answer', 'loss.chunks': 1}, ['squad'], 'squad_f1'),
+        'answer': ('llama', {'data.form': 'chat', 'data.key': 'messages', 'data.template': '{role}: {content};\n', 'length': 48, 'steps': 220, 'eval_every': 220},
+                   ['exact', 'f1'], 'f1')}
+
+
+@pytest.mark.parametrize('objective', list(RUNS))
+def test_a_model_learns_from_marked_records(objective, tmp_path, monkeypatch):
+  """What it says of held-out records is right, and costs what training's own held-out loss says."""
+  import jax
+  devices = jax.devices()
+  monkeypatch.setattr(jax, 'devices', lambda *a: devices[:1])
+  rng = np.random.default_rng(0)
+  (tmp_path / 'r.jsonl').write_text('\n'.join(json.dumps(_record(objective, rng)) for _ in range(500)))
+  family, changes, metrics, main = RUNS[objective]
+  config = common.config(family, **{
+      'model.V': 320, 'objective.name': objective, 'data.tokenizer': 'bpe:290', 'data.source': f'jsonl:{tmp_path}/r.jsonl',
+      'data.heldout': 0.1, 'steps': 150, 'batch': 32, 'length': 24, 'optimizer.lr': 5e-3, 'optimizer.warmup': 20, 'eval_every': 150,
+      'log_every': 100, 'mesh.fsdp': 1, **changes})
+  train.train(config, tmp_path / 'run')
+  logged = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  held_out = [m['heldout_loss'] for m in logged if 'heldout_loss' in m]
+  lm = lms.load(tmp_path / 'run')
+  result, each = answers.evaluate_answers(lm, 'heldout', metrics, limit=16)
+  assert result[main] > 0.9 and result['questions'] == len(each) == 16, (result, each[:3])
+  every = [r for _, *r in sources.records(config.data.source, config.data, 'heldout')]
+  np.testing.assert_allclose(answers.loss(lm, every, 16)['nll_per_token'], held_out[-1], rtol=1e-5)
+  if objective == 'span':
+    assert any(not a['right'] and not a['said'] for a in each)
+    texts = [f'{pet} {colour} not' for colour in COLOURS for pet in PETS]
+    once = lm.answer(['colour?'] * 9, texts)
+    assert once == [text.split()[1] for text in texts]
+    assert lm.answer(['colour?'], ['cat dog ' * 30 + 'red ' + 'owl ' * 30]) == ['red']  # longer than a row
+  elif objective == 'answer':
+    said = lm.generate([[{'role': 'user', 'content': 'red'}], 'red', [{'role': 'user', 'content': 'owl'}], 'owl'] * 4, 8, temperature=0)
+    assert said == ['colour', 'colour', 'pet', 'pet'] * 4
+  else:
+    assert lm.tag([['red'] * 40])[0] == ['B-COL'] * 40  # longer than a row
+  with pytest.raises(UsageError, match=f'--metrics=meteor: objective.name={objective} wants some of {metrics[0]}'):
+    answers.evaluate_answers(lm, 'heldout', ['meteor'])
 
 
 def test_metrics_of_known_answers():

@@ -114,7 +114,7 @@ def test_vectors_of_texts_are_pooled_as_the_folder_says(name, mode, normalize, t
   found = lm.embed(TEXTS)
   assert found.dtype == np.float32 and found.shape == (len(TEXTS), 32)
   np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
-  with pytest.raises(UsageError, match="model.head='none': makes no scores"):
+  with pytest.raises(UsageError, match="model.head='none': makes no such scores"):
     lm.scores(TEXTS)
   with pytest.raises(UsageError, match='wants a list of texts'):
     lm.embed('one text')

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from jaxlm.schema import DataConfig
-from jaxlm.data import examples, packing, pipeline, sources, tokenizer
+from jaxlm.data import examples, packing, pipeline, sources, tokenizer, windows
 from jaxlm.errors import UsageError
 from tests import common
 
@@ -36,8 +36,8 @@ def test_permute_depends_on_its_key_and_mixes():
   assert 0 <= far[0] < 10 ** 15
 
 
-def in_order(c, cache, windows):
-  return examples.causal(examples.Task(c, cache.tokenizer), cache.streams['train'], windows, windows)
+def in_order(c, cache, chosen):
+  return windows.causal(examples.Task(c, cache.tokenizer), cache.streams['train'], chosen, chosen)
 
 
 def test_every_token_is_a_target_once_and_documents_never_meet(texts, tmp_path):
@@ -180,7 +180,7 @@ def test_jsonl_and_its_errors(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_text('{"text": "one"}\n\n{"text": "zwei ü"}\n{"text": ""}\n', encoding='utf-8')
   assert texts_of(f'jsonl:{path}') == [('a.jsonl:1', 'one'), ('a.jsonl:3', 'zwei ü')]
-  with pytest.raises(UsageError, match="a.jsonl:1: no text in field 'body' .there is text."):
+  with pytest.raises(UsageError, match="a.jsonl:1: nothing in field 'body' .there is text."):
     texts_of(f'jsonl:{path}', key='body')
   path.write_text('{"text": "one"}\n{"text": \n')
   with pytest.raises(UsageError, match='a.jsonl:2: is not JSON'):

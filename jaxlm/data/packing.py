@@ -7,7 +7,8 @@ cross from a document into the next has weight 0.
 
 On disk (`cache`): manifest.json, tokenizer.json, and a split's tokens in parts NAME-00000.bin (uint16 or uint32) with
 the start of each document in NAME-documents.npy (int64). All of it appears at once, or not at all. With data.target a
-document is [boundary, question, boundary, answer, boundary], and NAME-answers.npy says where each answer starts.
+document is [boundary, question, boundary, answer, boundary], and NAME-answers.npy says where each answer starts; a document
+of a data.form that marks its tokens has their marks in NAME-marks-00000.bin, beside its part.
 """
 import dataclasses
 import hashlib
@@ -17,26 +18,29 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxlm.schema import DataConfig
-from jaxlm.data import sources, tokenizer as tokenizers
+from jaxlm.data import forms, sources, tokenizer as tokenizers
 from jaxlm.errors import JaxlmError, StorageError, UsageError
 
 SPLITS = ('train', 'heldout')
 PART_TOKENS = 2 ** 28
+MARKS = np.dtype(np.uint16)
 HASHED_BYTES = 2 ** 31   # caches up to this are hashed whenever they are opened; of larger ones only the sizes are checked
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
   """One split, memory-mapped. `starts` are document starts, ending with the number of tokens; `answers` where the answer of
-  each starts, None if they have none."""
+  each starts, None if they have none; `marks` the marks of tokens (data/forms.py), in parts as they are."""
   parts: tuple
   part_starts: np.ndarray
   starts: np.ndarray
   answers: np.ndarray | None = None
+  marks: tuple | None = None
 
   @property
   def tokens(self) -> int:
@@ -46,14 +50,15 @@ class Stream:
     """How many windows of `length` there are; the last may be padded."""
     return max(0, -(-(self.tokens - 1) // length))
 
-  def read(self, start: int, end: int) -> np.ndarray:
-    """tokens[start:end] across parts, int32."""
+  def read(self, start: int, end: int, parts: tuple | None = None) -> np.ndarray:
+    """tokens[start:end] across parts, int32; or of other parts that are cut as they are."""
+    parts = self.parts if parts is None else parts
     first = int(np.searchsorted(self.part_starts, start, 'right')) - 1
     out = []
     while start < end:
       stop = min(end, int(self.part_starts[first + 1]))
       offset = int(self.part_starts[first])
-      out.append(self.parts[first][start - offset:stop - offset])
+      out.append(parts[first][start - offset:stop - offset])
       start, first = stop, first + 1
     return np.concatenate(out).astype(np.int32)
 
@@ -61,6 +66,11 @@ class Stream:
     """(question, answer) of a document that has one, without their boundaries."""
     start, answer, end = int(self.starts[n]), int(self.answers[n]), int(self.starts[n + 1])
     return self.read(start + 1, answer - 1), self.read(answer, end - 1)
+
+  def marked(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, their marks) of a document that has marks, with its boundaries."""
+    span = int(self.starts[n]), int(self.starts[n + 1])
+    return self.read(*span), self.read(*span, self.marks)
 
   def slices(self, starts_B: np.ndarray, length: int, since_B: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """stream[start : start + length] of each row → {tokens, segments, positions}, int32 [B, L].
@@ -104,15 +114,13 @@ def build(data: DataConfig, cache: pathlib.Path, say=print) -> None:
   try:
     folder.mkdir(parents=True)
     say(f'data: reading {data.source}, tokenizer {data.tokenizer}')
-    texts = (text for _, *both in _records(data, 'train') for text in both)
+    texts = (text for _, *fields in sources.records(data.source, data, 'train') for text in forms.texts(data, fields))
     tokenizer = tokenizers.make(data.tokenizer, texts)
     (folder / 'tokenizer.json').write_text(tokenizer.json, encoding='utf-8')
     splits = {split: _write_split(data, split, tokenizer, folder, say) for split in SPLITS}
     if not splits['train']['documents']:
       raise UsageError(f'data source {data.source}: no training document in it (data.heldout={data.heldout})')
-    manifest = {'source': data.source, 'heldout': data.heldout, 'key': data.key, **({'target': data.target} if data.target else {}),
-                'tokenizer': data.tokenizer,
-                'tokenizer_sha256': tokenizer.sha256, 'splits': splits}
+    manifest = {**_identity(data), 'tokenizer_sha256': tokenizer.sha256, 'splits': splits}
     manifest['hash'] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
     for path in folder.iterdir():
@@ -125,6 +133,25 @@ def build(data: DataConfig, cache: pathlib.Path, say=print) -> None:
                        '--config.data.cache') from e
   finally:
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _identity(data: DataConfig) -> dict:
+  """What of the config decides what is in a cache."""
+  named = {'text': (), 'tags': ('classes',), 'span': ('context',), 'chat': ('template',)}[data.form]
+  return {name: getattr(data, name) for name in ('source', 'heldout', 'key', 'tokenizer', *(['target'] if data.target else []),
+                                                 *(['form', *named] if data.form != 'text' else []))}
+
+
+def in_memory(data: DataConfig, tokenizer: tokenizers.Tokenizer, records: Sequence[tuple]) -> Stream:
+  """The stream of some records (their fields), as it would be in a cache."""
+  tokens, marks, starts, answers = [], [], [0], []
+  for encoded in forms.encode(tokenizer, data, records):
+    tokens += [tokenizer.boundary, *encoded.ids, tokenizer.boundary]
+    marks += [0, *(encoded.marks or []), 0]
+    answers += [] if encoded.answer is None else [starts[-1] + encoded.answer]
+    starts.append(len(tokens))
+  return Stream((np.array(tokens),), np.array([0, len(tokens)]), np.array(starts), np.array(answers) if answers else None,
+                (np.array(marks),) if data.form != 'text' else None)
 
 
 def build_apart(data: DataConfig, cache: pathlib.Path, say=print) -> None:
@@ -176,31 +203,32 @@ def _write_split(data: DataConfig, split: str, tokenizer, folder: pathlib.Path, 
   dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2 ** 16 else np.uint32)
   starts, answers, parts, source_hash, size, part = [0], [], [], hashlib.sha256(), 0, None
 
+  def append(name: str, numbers: list[int], kind: np.dtype) -> None:
+    with open(folder / name, 'ab') as f:
+      f.write(np.array(numbers, kind).tobytes())
+
   def flush(batch):
     nonlocal part
-    count = 2 if data.target else 1
-    encoded = tokenizer.encode_batch([text for _, *texts in batch for text in texts])
-    for ids, *answer in zip(*(encoded[k::count] for k in range(count))):
-      if answer:
-        answers.append(starts[-1] + len(ids) + 2)
-        ids = [*ids, tokenizer.boundary, *answer[0]]
+    for encoded in forms.encode(tokenizer, data, batch):
       if part is None or part['tokens'] >= PART_TOKENS:
         part = {'file': f'{split}-{len(parts):05}.bin', 'tokens': 0}
         parts.append(part)
-      tokens = np.array([tokenizer.boundary, *ids, tokenizer.boundary], dtype)
-      with open(folder / part['file'], 'ab') as f:
-        f.write(tokens.tobytes())
-      part['tokens'] += len(tokens)
-      starts.append(starts[-1] + len(tokens))
+      if encoded.answer is not None:
+        answers.append(starts[-1] + encoded.answer)
+      append(part['file'], [tokenizer.boundary, *encoded.ids, tokenizer.boundary], dtype)
+      if encoded.marks is not None:
+        append(_marks_of(part['file']), [0, *encoded.marks, 0], MARKS)
+      part['tokens'] += len(encoded.ids) + 2
+      starts.append(starts[-1] + len(encoded.ids) + 2)
     say(f'data: {split}: {len(starts) - 1:,} documents, {starts[-1]:,} tokens')
 
   batch, waiting = [], 0
-  for name, *texts in _records(data, split):
-    raw = '\0'.join(texts).encode()
+  for name, *fields in sources.records(data.source, data, split):
+    raw = '\0'.join(f if isinstance(f, str) else json.dumps(f) for f in fields).encode()
     size += len(raw)
     waiting += len(raw)
     source_hash.update(f'{name}\0{hashlib.sha256(raw).hexdigest()}\n'.encode())
-    batch.append((name, *texts))
+    batch.append(fields)
     if waiting > 2 ** 23:
       flush(batch)
       batch, waiting = [], 0
@@ -208,7 +236,9 @@ def _write_split(data: DataConfig, split: str, tokenizer, folder: pathlib.Path, 
     flush(batch)
   np.save(folder / f'{split}-documents.npy', np.array(starts, np.int64))
   parts.append({'file': f'{split}-documents.npy', 'tokens': 0})
-  if data.target:
+  if data.form != 'text':
+    parts += [{'file': _marks_of(p['file']), 'tokens': 0} for p in parts if p['tokens']]
+  elif data.target:
     np.save(folder / f'{split}-answers.npy', np.array(answers, np.int64))
     parts.append({'file': f'{split}-answers.npy', 'tokens': 0})
   for part in parts:
@@ -217,9 +247,9 @@ def _write_split(data: DataConfig, split: str, tokenizer, folder: pathlib.Path, 
           'source_sha256': source_hash.hexdigest(), 'parts': parts}
 
 
-def _records(data: DataConfig, split: str):
-  """(name, text), or (name, question, answer) with data.target."""
-  return (sources.answers if data.target else sources.documents)(data.source, data, split)
+def _marks_of(part: str) -> str:
+  """The file of a part's marks: train-00000.bin → train-marks-00000.bin."""
+  return '-marks-'.join(part.rsplit('-', 1))
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -232,8 +262,10 @@ def open_cache(data: DataConfig, cache: pathlib.Path) -> Cache:
   if not (cache / 'manifest.json').is_file():
     raise UsageError(f'data cache {cache}: manifest.json is missing; remove the folder to build it again')
   manifest = json.loads((cache / 'manifest.json').read_text(encoding='utf-8'))
-  for field in ('source', 'heldout', 'key', 'target', 'tokenizer'):
-    if (found := manifest.get(field, '')) != getattr(data, field):  # a cache of plain texts says nothing of a target
+  identity = _identity(data)
+  for field in ('source', 'heldout', 'key', 'target', 'form', *identity):
+    found = manifest.get(field, getattr(DataConfig, field))  # a cache of plain texts says nothing of a target or a form
+    if found != getattr(data, field):
       raise UsageError(f'data cache {cache}: was built with data.{field}={found!r}, the config has '
                        f'{getattr(data, field)!r}; set --config.data.cache to another folder, or remove this one')
   parts = [p for split in SPLITS for p in manifest['splits'][split]['parts']]
@@ -254,8 +286,10 @@ def _open_stream(entry: dict, cache: pathlib.Path, split: str) -> Stream:
   parts = [p for p in entry['parts'] if p['tokens']]
   maps = tuple(np.memmap(cache / p['file'], np.dtype(entry['dtype']), 'r') for p in parts)
   answers = cache / f'{split}-answers.npy'
+  marked = any('-marks-' in p['file'] for p in entry['parts'])
+  marks = tuple(np.memmap(cache / _marks_of(p['file']), MARKS, 'r') for p in parts) if marked else None
   return Stream(maps, np.cumsum([0] + [p['tokens'] for p in parts]), np.load(cache / f'{split}-documents.npy'),
-                np.load(answers) if answers.exists() else None)
+                np.load(answers) if answers.exists() else None, marks)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlm import layout
 from jaxlm.schema import Config
-from jaxlm.data import examples, packing
+from jaxlm.data import examples, packing, windows
 from jaxlm.errors import UsageError
 
 
@@ -63,18 +63,18 @@ class Pipeline:
     if self.config.data.order == 'contiguous':
       return self._lanes(step, np.arange(start, stop, dtype=np.int64), numbers)
     epochs, index = np.divmod(numbers, self.windows)
-    windows = np.empty_like(index)
+    chosen = np.empty_like(index)
     for epoch in np.unique(epochs):
       here = epochs == epoch
-      windows[here] = permute(index[here], self.windows, f'{self.config.seed}/{epoch}')
-    return examples.make(self.task, self.cache.streams['train'], windows, numbers)
+      chosen[here] = permute(index[here], self.windows, f'{self.config.seed}/{epoch}')
+    return examples.make(self.task, self.cache.streams['train'], chosen, numbers)
 
   def _lanes(self, step: int, lanes: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
     """The stream in `batch` lanes of equal length (what does not divide is left out): each row goes on in its own, and
     starts again with the next epoch. Positions count from the start of the document or of the lane."""
     steps = self.windows // self.config.batch
     first = lanes * steps
-    return examples.causal(self.task, self.cache.streams['train'], first + step % steps, numbers, first * self.config.length)
+    return windows.causal(self.task, self.cache.streams['train'], first + step % steps, numbers, first * self.config.length)
 
   def batch(self, step: int, mesh) -> dict[str, jax.Array]:
     """The global batch of `step` on the mesh. Each process reads only the rows its devices hold."""

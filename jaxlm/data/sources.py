@@ -2,14 +2,16 @@
 
     stdlib                 the Python standard library's own source files: real text that is on every machine
     text:GLOB              a file a document, UTF-8
-    jsonl:GLOB             a line a document, its field data.key
-    arrayrecord:GLOB       a JSON record a document, its field data.key
-    tfds:NAME[:VERSION]/SPLIT   an example a document, its field data.key; prepared beforehand, read without TensorFlow
+    jsonl:GLOB             a line a record
+    arrayrecord:GLOB       a JSON text a record
+    tfds:NAME[:VERSION]/SPLIT   an example a record; prepared beforehand, read without TensorFlow
 
-With data.target, a record is a question (data.key) and its answer (that field): `answers` gives both.
+A record's field data.key is a document; with data.target, it is a question, and that field its answer; data/forms.py has
+what else data.form can make of its fields.
 
 Each source is split once and for all: a document is held out if the hash of its name falls in the held-out share.
 """
+import dataclasses
 import glob
 import hashlib
 import json
@@ -18,8 +20,9 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator
 
-from jaxlm.schema import DataConfig
+from jaxlm.data import forms
 from jaxlm.errors import UsageError
+from jaxlm.schema import DataConfig
 
 
 def is_heldout(name: str, share: float) -> bool:
@@ -32,28 +35,25 @@ def documents(source: str, data: DataConfig, split: str) -> Iterator[tuple[str, 
 
   Raises UsageError naming the source, file or record that cannot be used.
   """
-  for name, text in _records(source, data, split, (data.key,)):
-    yield name, text
+  yield from records(source, dataclasses.replace(data, form='text', target=''), split)
 
 
-def answers(source: str, data: DataConfig, split: str) -> Iterator[tuple[str, str, str]]:
-  """(name, question, answer), as `documents`."""
-  yield from _records(source, data, split, (data.key, data.target))
-
-
-def _records(source: str, data: DataConfig, split: str, keys: tuple[str, ...]):
+def records(source: str, data: DataConfig, split: str) -> Iterator[tuple]:
+  """(name, *fields), as `documents`, the fields as data.form has them: of texts (text,) or, with data.target, (question,
+  answer)."""
   kind, _, rest = source.partition(':')
   if kind not in SOURCES or bool(rest) == (kind == 'stdlib'):
     raise UsageError(f'data source {source!r}: wants one of stdlib, text:GLOB, jsonl:GLOB, arrayrecord:GLOB, '
                      'tfds:NAME/SPLIT')
-  if len(keys) > 1 and kind in ('stdlib', 'text'):
-    raise UsageError(f'data source {source!r}: has no field data.target={data.target!r}; jsonl, arrayrecord and tfds have fields')
-  for name, *texts in SOURCES[kind](rest, keys):
-    if all(texts) and (split == 'all' or is_heldout(name, data.heldout) == (split == 'heldout')):
-      yield (name, *texts)
+  if kind in ('stdlib', 'text') and (data.target or data.form != 'text'):
+    wants = f'data.target={data.target!r}' if data.target else f'data.key={data.key!r}'
+    raise UsageError(f'data source {source!r}: has no field {wants}; jsonl, arrayrecord and tfds have fields')
+  for name, fields in SOURCES[kind](rest, lambda record, where: forms.read(record, data, where)):
+    if fields and (split == 'all' or is_heldout(name, data.heldout) == (split == 'heldout')):
+      yield (name, *fields)
 
 
-def _stdlib(rest: str, keys: tuple[str, ...]):
+def _stdlib(rest: str, read):
   """Whole .py files, UTF-8 ones only (a dozen test files are in other encodings on purpose)."""
   root = pathlib.Path(sysconfig.get_path('stdlib'))
   skip = {'site-packages', 'dist-packages', '__pycache__'}
@@ -61,9 +61,10 @@ def _stdlib(rest: str, keys: tuple[str, ...]):
     name = path.relative_to(root).as_posix()
     if skip.isdisjoint(name.split('/')) and path.is_file():
       try:
-        yield name, path.read_bytes().decode()
+        text = path.read_bytes().decode()
       except UnicodeDecodeError:
         continue
+      yield name, (text,) if text else None
 
 
 def _files(pattern: str, kind: str) -> Iterator[tuple[str, str]]:
@@ -76,22 +77,13 @@ def _files(pattern: str, kind: str) -> Iterator[tuple[str, str]]:
     yield path, os.path.relpath(path, os.path.expanduser(root) or '.')
 
 
-def _text(pattern: str, keys: tuple[str, ...]):
+def _text(pattern: str, read):
   for path, name in _files(pattern, 'text'):
     try:
-      yield name, pathlib.Path(path).read_bytes().decode()
+      text = pathlib.Path(path).read_bytes().decode()
     except UnicodeDecodeError as e:
       raise UsageError(f'{path}: is not UTF-8 (byte {e.start}); convert it, or narrow the glob') from e
-
-
-def _fields(record, keys: tuple[str, ...], where: str) -> list[str]:
-  texts = [record.get(key) if isinstance(record, dict) else None for key in keys]
-  texts = [t.decode() if isinstance(t, bytes) else t for t in texts]
-  for key, text, name in zip(keys, texts, ('key', 'target')):
-    if not isinstance(text, str):
-      known = ', '.join(record) if isinstance(record, dict) else type(record).__name__
-      raise UsageError(f'{where}: no text in field {key!r} (there is {known}); set --config.data.{name}')
-  return texts
+    yield name, (text,) if text else None
 
 
 def _json(line, where: str):
@@ -101,24 +93,24 @@ def _json(line, where: str):
     raise UsageError(f'{where}: is not JSON ({e})') from e
 
 
-def _jsonl(pattern: str, keys: tuple[str, ...]):
+def _jsonl(pattern: str, read):
   for path, name in _files(pattern, 'jsonl'):
     with open(path, 'rb') as f:
       for number, line in enumerate(f, 1):
         if line.strip():
-          yield f'{name}:{number}', *_fields(_json(line, f'{path}:{number}'), keys, f'{path}:{number}')
+          yield f'{name}:{number}', read(_json(line, where := f'{path}:{number}'), where)
 
 
-def _arrayrecord(pattern: str, keys: tuple[str, ...]):
+def _arrayrecord(pattern: str, read):
   from grain.sources import ArrayRecordDataSource  # pylint: disable=g-import-not-at-top
   for path, name in _files(pattern, 'arrayrecord'):
     records = ArrayRecordDataSource(path)
     for start in range(0, len(records), 512):  # 8 × faster than one at a time
       for number, record in enumerate(records.__getitems__(range(start, min(start + 512, len(records)))), start):
-        yield f'{name}:{number}', *_fields(_json(record, f'{path}:{number}'), keys, f'{path}:{number}')
+        yield f'{name}:{number}', read(_json(record, where := f'{path}:{number}'), where)
 
 
-def _tfds(rest: str, keys: tuple[str, ...]):
+def _tfds(rest: str, read):
   """A prepared TFDS dataset (any folder on TFDS_DATA_DIR or ~/tensorflow_datasets): never a download."""
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
   dataset, _, split = rest.rpartition('/')
@@ -131,7 +123,7 @@ def _tfds(rest: str, keys: tuple[str, ...]):
     reason = str(e).strip().splitlines()[0]
     raise UsageError(f'data source tfds:{rest}: {reason}') from e
   for number, record in enumerate(records):
-    yield f'{rest}:{number}', *_fields(record, keys, f'tfds:{rest}[{number}]')
+    yield f'{rest}:{number}', read(record, f'tfds:{rest}[{number}]')
 
 
 def _tfds_folder(dataset: str) -> pathlib.Path:

@@ -100,6 +100,30 @@ class Tokenizer:
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
+  def with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """`encode`, and which characters of the text each token is."""
+    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    return encoding.ids, encoding.offsets
+
+  @functools.cached_property
+  def _templates(self) -> tokenizers.Tokenizer:
+    found = tokenizers.Tokenizer.from_str(self.json)
+    found.no_truncation()
+    found.no_padding()
+    return found
+
+  def encode_template(self, text: str) -> list[int]:
+    """`encode` of what is no document's text: special tokens that are written in it are themselves."""
+    return self._templates.encode(text, add_special_tokens=False).ids
+
+  @functools.cached_property
+  def between(self) -> list[int]:
+    """What stands between two texts that an encoder reads, as the tokenizer's template says, else `sep`."""
+    encoding = self._tokenizer.encode('a', 'b', add_special_tokens=True)
+    inner = ''.join(map(str, encoding.special_tokens_mask)).strip('1').strip('0')
+    at = ''.join(map(str, encoding.special_tokens_mask)).find(inner, 1) if inner else 0
+    return encoding.ids[at:at + len(inner)] or [self.sep]
+
   def decode(self, ids: Iterable[int]) -> str:
     return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 

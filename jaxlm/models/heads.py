@@ -9,6 +9,8 @@ from jaxlm.models.output import Hidden
 from jaxlm.models.stack import some_input
 from jaxlm.schema import ModelConfig
 
+NEVER = -1e30  # the score of what cannot be chosen
+
 
 def _dense(cfg: ModelConfig, eqn: str, name: str) -> Einsum:
   return Einsum(eqn, cfg, sizes={'K': cfg.D, 'C': cfg.C}, name=name, parent=None)
@@ -55,9 +57,18 @@ def of_pairs(cfg: ModelConfig, params: dict, pooled_BD):
   return classify(cfg, params, pooled_BD[:, None])[:, 0]
 
 
-def class_nll(scores_BC, labels_B1):
-  """−log p of the right class, float32 [B, 1]."""
-  return jax.nn.logsumexp(scores_BC, -1, keepdims=True) - jnp.take_along_axis(scores_BC, labels_B1, -1)
+def class_nll(scores_BSC, labels_BS):
+  """−log p of the right class, float32 [B, …]."""
+  return jax.nn.logsumexp(scores_BSC, -1) - jnp.take_along_axis(scores_BSC, labels_BS[..., None], -1)[..., 0]
+
+
+def choices(cfg: ModelConfig, params: dict, hidden: Hidden, segments_BL):
+  """float32 scores of what each of S choices of a row is among: of C classes, [B, 1, C] (head classify) or [B, L, C] (tag);
+  of the places where an answer may begin and end, [B, 2, L] (span), which are never padding."""
+  scores = outputs(cfg, params, hidden)
+  if cfg.head == 'classify':
+    return scores[:, None]
+  return jnp.where(segments_BL[:, None] > 0, scores.transpose(0, 2, 1), NEVER) if cfg.head == 'span' else scores
 
 
 def outputs(cfg: ModelConfig, params: dict, hidden: Hidden):
