@@ -99,8 +99,14 @@ def test_a_size_that_a_config_file_does_not_know():
     configs.load('configs/llama3.py:9b')
 
 
-@pytest.mark.parametrize('name', ['translation', 'translation:gru', 'classification', 'classification:yes|no|perhaps'])
+ANSWERS = ['translation', 'translation:gru', 'classification', 'classification:yes|no|perhaps', 'tagging', 'question_answering',
+           'summarisation', 'dialogue', 'dialogue:chatml', 'code', 'code:8']
+
+
+@pytest.mark.parametrize('name', ANSWERS)
 def test_configs_for_fine_tuning_are_good(name):
   file, _, argument = name.partition(':')
   c = configs.load(f'configs/finetune/{file}.py' + (f':{argument}' if argument else ''))
-  assert c.data.target and c.model.C == len([x for x in c.data.classes.split('|') if x])
+  choices = len([x for x in c.data.classes.split('|') if x])
+  assert (c.data.target or c.data.template) and c.model.C == (2 if c.objective.name == 'span' else choices)
+  assert c.model.lora.rank == (8 if name == 'code:8' else 0)

