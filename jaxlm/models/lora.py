@@ -40,6 +40,12 @@ def inputs_of(path: str, axes: int) -> int:
   return axes - 2 if path.endswith('/o/w') else 1
 
 
+def pair_shapes(path: str, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Shapes of the A and the B of a stacked weight."""
+  split = 1 + inputs_of(path, len(shape))
+  return (*shape[:split], rank), (shape[0], rank, *shape[split:])
+
+
 def targets(cfg: ModelConfig, params: dict) -> dict:
   """The weights that get a pair, by path. ValueError if the config's pattern matches none."""
   found = {path: w for path, w in flat({k: v for k, v in params.items() if k != 'lora'}).items()
@@ -55,7 +61,7 @@ def init(cfg: ModelConfig, params: dict, key) -> dict:
   for n, (path, w) in enumerate(sorted(targets(cfg, params).items())):
     split = 1 + inputs_of(path, w.ndim)
     spec = jax.typeof(w).sharding.spec
-    a_shape, b_shape = (*w.shape[:split], cfg.lora.rank), (w.shape[0], cfg.lora.rank, *w.shape[split:])
+    a_shape, b_shape = pair_shapes(path, w.shape, cfg.lora.rank)
     std = math.prod(w.shape[1:split]) ** -0.5
     a = std * jax.random.normal(jax.random.fold_in(key, n), a_shape, jnp.float32, out_sharding=jax.P(*spec[:split], None))
     out[path] = {'a': a, 'b': jnp.zeros(b_shape, out_sharding=jax.P(spec[0], None, *spec[split:]))}
