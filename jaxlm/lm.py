@@ -136,8 +136,9 @@ def _one_document(tokens_BL) -> dict:
           'segments': np.ones_like(tokens_BL)}
 
 
-def load(workdir, step: int | None = None, mesh: MeshConfig | None = None) -> LM:
+def load(workdir, step: int | None = None, mesh: MeshConfig | None = None, merge: bool = True) -> LM:
   """The newest good checkpoint of a workdir (or `step`) on all devices, laid out by `mesh` (the run's own if None).
+  merge: pairs of low rank are added into the weights; else they stay params['lora'].
 
   Raises UsageError (no such checkpoint; a mesh that does not fit), CheckpointError (none can be read).
   """
@@ -155,7 +156,7 @@ def load(workdir, step: int | None = None, mesh: MeshConfig | None = None) -> LM
       return kinds.abstract_params(config.model), made['mesh']
 
   step, config, tokenizer, params = checkpoint.load(pathlib.Path(workdir), abstract, step, say)
-  if config.model.lora.rank:  # from here on it is a model like any other
+  if config.model.lora.rank and merge:  # from here on it is a model like any other
     with jax.set_mesh(made['mesh']):
       params = jax.jit(lora.merged, static_argnums=0)(config.model, params)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LoraConfig()))

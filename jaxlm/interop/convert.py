@@ -47,6 +47,11 @@ def family_of(m: ModelConfig) -> str:
   return nearest
 
 
+def holding(m: ModelConfig) -> list[str]:
+  """The families that hold this model, one at least. UsageError as family_of."""
+  return [model_type for model_type in FAMILIES if not _written(model_type, m)[1]] or [family_of(m)]
+
+
 def _written(model_type: str, m: ModelConfig) -> tuple[dict, list[str]]:
   """(config.json, what of the model is not in it)."""
   family, out = FAMILIES[model_type], {}

@@ -107,22 +107,28 @@ def run(path: str, workdir: pathlib.Path, tokenizer_path: str | None, vocab_mult
     raise UsageError(f'{path}: its tokenizer has {tokenizer.vocab_size} tokens, its model rows for {config.model.V}')
   shapes = convert.shapes(dataclasses.replace(config.model, vocab=0))
   say(f'{path}: {source.model_type}, {sum(map(math.prod, shapes.values())) / 1e6:.1f}M parameters\n{configs.summary(config)}')
+  write_run(workdir, config, tokenizer.json, {'from': str(path), 'model_type': source.model_type}, shapes,
+            convert.read(source, config.model))
+  return config
+
+
+def write_run(workdir: pathlib.Path, config: Config, tokenizer: str, imported: dict, shapes: dict[str, tuple[int, ...]],
+              items) -> None:
+  """Makes `workdir` a run with these arrays as its step 0 (shapes, items: as write_arrays), or leaves it as it was."""
   workdir.mkdir(parents=True, exist_ok=True)
   temporary = workdir / '.import'
   shutil.rmtree(temporary, ignore_errors=True)
-  meta = {'config': json.loads(configs.to_json(config)), 'examples': 0, 'tokenizer': tokenizer.json,
-          'imported': {'from': str(path), 'model_type': source.model_type}}
+  meta = {'config': json.loads(configs.to_json(config)), 'examples': 0, 'tokenizer': tokenizer, 'imported': imported}
   try:
     state = checkpoint.skeleton(temporary, meta)
     with report.progress('importing', sum(map(math.prod, shapes.values()))) as tick:
-      write_arrays(state, shapes, convert.read(source, config.model), tick)
-    (workdir / 'tokenizer.json').write_text(tokenizer.json, encoding='utf-8')
+      write_arrays(state, shapes, items, tick)
+    (workdir / 'tokenizer.json').write_text(tokenizer, encoding='utf-8')
     (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
     (workdir / 'checkpoints').mkdir(exist_ok=True)
     (temporary / 'checkpoints' / '0').rename(workdir / 'checkpoints' / '0')
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-  return config
 
 
 def write_arrays(folder: pathlib.Path, shapes: dict[str, tuple[int, ...]], items, progress=None) -> None:

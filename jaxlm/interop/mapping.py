@@ -157,6 +157,28 @@ def _unit(row: Row, theirs: str, index, shapes, rotary: int, at_end: bool) -> Un
   return Unit(theirs, tuple(parts), groups, axis, rotary, at_end)
 
 
+def factors(unit: Unit, inputs: int, ranks: list[int]) -> tuple[Unit, Unit]:
+  """The tensors [R, in] and [out, R] whose product is a change of low rank of this one, from pairs [in…, r] and [R, out…] of
+  its parts: the parts' ranks (0: no pair) add up to R, and the B of each is 0 outside its own. ValueError if this tensor is no
+  matrix from the `inputs` first axes of its parts to their others."""
+  R, sides = sum(ranks), []
+  for p in unit.parts:
+    halves = p.unmerged[:unit.groups[0]], p.unmerged[unit.groups[0]:]
+    ins, outs = (next((h for h in halves if set(h) == set(own)), '') for own in (p.letters[:inputs], p.letters[inputs:]))
+    if len(unit.groups) != 2 or not ins or not outs or (len(unit.parts) > 1 and p.unmerged[unit.axis] not in outs):
+      raise ValueError(f'{unit.theirs} is no matrix from {p.letters[:inputs]} to {p.letters[inputs:]}')
+    sides.append((ins, outs))
+  pick = lambda p, letters: p.halves if p.halves in letters else ''
+  a = tuple(Part(f'{p.path}/a', p.index, (*p.shape[:inputs], r), p.letters[:inputs] + '_', '_' + ins, pick(p, ins))
+            for p, r, (ins, _) in zip(unit.parts, ranks, sides) if r)
+  b = tuple(Part(f'{p.path}/b', p.index, (R, *p.shape[inputs:]), '_' + p.letters[inputs:], outs + '_', pick(p, outs))
+            for p, (_, outs) in zip(unit.parts, sides))
+  module, (ins, outs) = unit.theirs.removesuffix('.weight'), sides[0]
+  joined = outs.index(unit.parts[0].unmerged[unit.axis]) if len(unit.parts) > 1 else 0
+  return (dataclasses.replace(unit, theirs=f'{module}.lora_A.weight', parts=a, groups=(1, len(ins)), axis=0),
+          dataclasses.replace(unit, theirs=f'{module}.lora_B.weight', parts=b, groups=(len(outs), 1), axis=joined))
+
+
 def uncovered(rows: tuple[Row, ...], shapes: dict) -> list[str]:
   """Paths of ours that no row holds: what a checkpoint of this family has no place for."""
   held = {path for row in rows if row.there(shapes) for path in row.ours}

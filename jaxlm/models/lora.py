@@ -35,9 +35,15 @@ def nested(values: dict) -> dict:
   return tree
 
 
-def inputs_of(path: str, w) -> int:
-  """How many axes of a stacked weight [N, in…, out…] are its inputs: an output projection has heads and head dim."""
-  return w.ndim - 2 if path.endswith('/o/w') else 1
+def inputs_of(path: str, axes: int) -> int:
+  """How many of the `axes` of a stacked weight [N, in…, out…] are its inputs: an output projection has heads and head dim."""
+  return axes - 2 if path.endswith('/o/w') else 1
+
+
+def pair_shapes(path: str, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Shapes of the A and the B of a stacked weight."""
+  split = 1 + inputs_of(path, len(shape))
+  return (*shape[:split], rank), (shape[0], rank, *shape[split:])
 
 
 def targets(cfg: ModelConfig, params: dict) -> dict:
@@ -53,9 +59,9 @@ def init(cfg: ModelConfig, params: dict, key) -> dict:
   """Fresh pairs for `params`: A normal of deviation 1/√in, B zeros."""
   out = {}
   for n, (path, w) in enumerate(sorted(targets(cfg, params).items())):
-    split = 1 + inputs_of(path, w)
+    split = 1 + inputs_of(path, w.ndim)
     spec = jax.typeof(w).sharding.spec
-    a_shape, b_shape = (*w.shape[:split], cfg.lora.rank), (w.shape[0], cfg.lora.rank, *w.shape[split:])
+    a_shape, b_shape = pair_shapes(path, w.shape, cfg.lora.rank)
     std = math.prod(w.shape[1:split]) ** -0.5
     a = std * jax.random.normal(jax.random.fold_in(key, n), a_shape, jnp.float32, out_sharding=jax.P(*spec[:split], None))
     out[path] = {'a': a, 'b': jnp.zeros(b_shape, out_sharding=jax.P(spec[0], None, *spec[split:]))}
