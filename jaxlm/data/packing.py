@@ -9,6 +9,7 @@ On disk (`cache`): manifest.json, tokenizer.json, and a split's tokens in parts 
 the start of each document in NAME-documents.npy (int64). All of it appears at once, or not at all. With data.target a
 document is [boundary, question, boundary, answer, boundary], and NAME-answers.npy says where each answer starts.
 """
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -95,26 +96,38 @@ class Cache:
     return self.manifest['hash']
 
 
-def build(data: DataConfig, cache: pathlib.Path, say=print) -> None:
-  """Reads the source, makes the tokenizer, and writes the cache. Raises UsageError, StorageError."""
+def build(data: DataConfig, cache: pathlib.Path, say=print, tokenizer: tokenizers.Tokenizer | None = None) -> None:
+  """Reads the source, makes the tokenizer (unless it is given), and writes the cache. Raises UsageError, StorageError."""
+  with whole(cache) as folder:
+    say(f'data: reading {data.source}, tokenizer {data.tokenizer}')
+    tokenizer = tokenizer or tokenizers.make(data.tokenizer, texts(data))
+    (folder / 'tokenizer.json').write_text(tokenizer.json, encoding='utf-8')
+    splits = {split: _write_split(data, split, tokenizer, folder, say) for split in SPLITS}
+    if not splits['train']['documents']:
+      raise UsageError(f'data source {data.source}: no training document in it (data.heldout={data.heldout})')
+    manifest = {'source': data.source, 'heldout': data.heldout, 'key': data.key, **({'target': data.target} if data.target else {}),
+                **({'prefix': data.prefix} if data.prefix else {}),
+                'tokenizer': data.tokenizer,
+                'tokenizer_sha256': tokenizer.sha256, 'splits': splits}
+    manifest['hash'] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+
+
+def texts(data: DataConfig):
+  """Questions and answers, or texts, of the training documents."""
+  return (text for _, *both in _records(data, 'train') for text in both)
+
+
+@contextlib.contextmanager
+def whole(cache: pathlib.Path):
+  """A folder that is written to disk and becomes `cache` when the block ends, and is gone if it fails. Raises StorageError."""
   folder = cache.with_name(f'{cache.name}.tmp-{os.getpid()}')
   for old in cache.parent.glob(f'{cache.name}.tmp-*'):  # left by a build that was killed
     if not _alive(int(old.name.rpartition('-')[2])):
       shutil.rmtree(old)
   try:
     folder.mkdir(parents=True)
-    say(f'data: reading {data.source}, tokenizer {data.tokenizer}')
-    texts = (text for _, *both in _records(data, 'train') for text in both)
-    tokenizer = tokenizers.make(data.tokenizer, texts)
-    (folder / 'tokenizer.json').write_text(tokenizer.json, encoding='utf-8')
-    splits = {split: _write_split(data, split, tokenizer, folder, say) for split in SPLITS}
-    if not splits['train']['documents']:
-      raise UsageError(f'data source {data.source}: no training document in it (data.heldout={data.heldout})')
-    manifest = {'source': data.source, 'heldout': data.heldout, 'key': data.key, **({'target': data.target} if data.target else {}),
-                'tokenizer': data.tokenizer,
-                'tokenizer_sha256': tokenizer.sha256, 'splits': splits}
-    manifest['hash'] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+    yield folder
     for path in folder.iterdir():
       _fsync(path)
     _fsync(folder)
@@ -130,7 +143,12 @@ def build(data: DataConfig, cache: pathlib.Path, say=print) -> None:
 def build_apart(data: DataConfig, cache: pathlib.Path, say=print) -> None:
   """`build` in a process of its own, with the system's malloc as it comes: with what memory.py sets the tokenizer's threads
   may wait for each other (27 s for 10). It ends when this process does. Raises what build raises."""
-  words = [sys.executable, '-m', 'jaxlm.data.packing', json.dumps(dataclasses.asdict(data)), str(cache)]
+  apart('jaxlm.data.packing', dataclasses.asdict(data), cache, say)
+
+
+def apart(module: str, what: dict, cache: pathlib.Path, say) -> None:
+  """See build_apart; `module` is run, and gets `what` as JSON and the cache."""
+  words = [sys.executable, '-m', module, json.dumps(what), str(cache)]
   with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                         env={**os.environ, 'GLIBC_TUNABLES': '', 'PYTHONUNBUFFERED': '1'}) as child:
     try:
@@ -145,9 +163,10 @@ def build_apart(data: DataConfig, cache: pathlib.Path, say=print) -> None:
     raise kind(problem or f'data cache {cache}: the build ended with {child.returncode}')
 
 
-def _main(data: str, cache: str) -> None:
+def main(make, what: str, cache: str) -> None:
+  """What `apart` runs: make(what, cache)."""
   try:
-    build(DataConfig(**json.loads(data)), pathlib.Path(cache))
+    make(json.loads(what), pathlib.Path(cache))
   except JaxlmError as e:
     print(e, file=sys.stderr)
     sys.exit(e.code)
@@ -232,7 +251,7 @@ def open_cache(data: DataConfig, cache: pathlib.Path) -> Cache:
   if not (cache / 'manifest.json').is_file():
     raise UsageError(f'data cache {cache}: manifest.json is missing; remove the folder to build it again')
   manifest = json.loads((cache / 'manifest.json').read_text(encoding='utf-8'))
-  for field in ('source', 'heldout', 'key', 'target', 'tokenizer'):
+  for field in ('source', 'heldout', 'key', 'target', 'prefix', 'tokenizer'):
     if (found := manifest.get(field, '')) != getattr(data, field):  # a cache of plain texts says nothing of a target
       raise UsageError(f'data cache {cache}: was built with data.{field}={found!r}, the config has '
                        f'{getattr(data, field)!r}; set --config.data.cache to another folder, or remove this one')
@@ -259,4 +278,4 @@ def _open_stream(entry: dict, cache: pathlib.Path, split: str) -> Stream:
 
 
 if __name__ == '__main__':
-  _main(*sys.argv[1:])
+  main(lambda data, cache: build(DataConfig(**data), cache), *sys.argv[1:])

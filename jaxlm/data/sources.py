@@ -6,7 +6,8 @@
     arrayrecord:GLOB       a JSON record a document, its field data.key
     tfds:NAME[:VERSION]/SPLIT   an example a document, its field data.key; prepared beforehand, read without TensorFlow
 
-With data.target, a record is a question (data.key) and its answer (that field): `answers` gives both.
+With data.target, a record is a question (data.key) and its answer (that field): `answers` gives both. data.prefix is put before
+each text or question.
 
 Each source is split once and for all: a document is held out if the hash of its name falls in the held-out share.
 """
@@ -50,7 +51,7 @@ def _records(source: str, data: DataConfig, split: str, keys: tuple[str, ...]):
     raise UsageError(f'data source {source!r}: has no field data.target={data.target!r}; jsonl, arrayrecord and tfds have fields')
   for name, *texts in SOURCES[kind](rest, keys):
     if all(texts) and (split == 'all' or is_heldout(name, data.heldout) == (split == 'heldout')):
-      yield (name, *texts)
+      yield (name, data.prefix + texts[0], *texts[1:])
 
 
 def _stdlib(rest: str, keys: tuple[str, ...]):
