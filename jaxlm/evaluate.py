@@ -44,7 +44,12 @@ class HeldOutTasks:
 
   def __init__(self, config: Config, caches, mesh):
     nll = scoring.make_nll(lead(config))  # compiled once: all batches look alike
-    self._tasks = [(task, HeldOut(of_task(config, task), caches.of[task.name], mesh, nll)) for task in config.tasks]
+    self._tasks = []
+    for task in config.tasks:
+      try:
+        self._tasks.append((task, HeldOut(of_task(config, task), caches.of[task.name], mesh, nll)))
+      except UsageError as e:
+        raise UsageError(f'task {task.name}: {e}') from e
 
   def run(self, params) -> Iterator[tuple[str, float]]:
     """Yields ('heldout_loss', the mean of the tasks' by weight), and ('heldout_loss/NAME', nats per token) of each."""

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import answers, cli, config as configs, objectives, train, validate
+from jaxlm import answers, cli, config as configs, evaluate, objectives, train, validate
 from jaxlm import lm as lms
 from jaxlm.data import caches, mixture, packing, pipeline, tokenizer
 from jaxlm.errors import UsageError
@@ -28,12 +28,12 @@ def flat(texts, tmp_path_factory):
   (folder / 'pairs.jsonl').write_text('\n'.join(lines))
   return {
       **{f'model.{k}': v for k, v in common.T5.items()}, 'model.N': 1, 'model.encoder_N': 1, 'batch': 8, 'length': 32,
-      'loss.chunks': 4, 'optimizer.lr': 1e-2, 'optimizer.warmup': 2, 'optimizer.schedule': 'constant', 'steps': 4, 'save_every': 2,
-      'log_every': 1, 'eval_every': 2, 'eval_windows': 16, 'data.tokenizer': 'bytes', 'data.heldout': 0.2,
-      'data.cache': str(folder / 'cache'), 'objective.source': 48, 'tasks.spell.objective.name': 'answer', 'tasks.spell.weight': 2,
-      'tasks.spell.prefix': 'spell: ', 'tasks.spell.metrics': 'exact,chrf', 'tasks.spell.data.source': f'jsonl:{folder}/pairs.jsonl',
-      'tasks.spell.data.key': 'q', 'tasks.spell.data.target': 'a', 'tasks.text.objective.name': 'spans',
-      'tasks.text.data.source': f'text:{texts}/*.txt'}
+      'loss.chunks': 4, 'optimizer.lr': 1e-2, 'optimizer.warmup': 2, 'optimizer.schedule': 'constant', 'steps': 4,
+      'save_every': 2, 'log_every': 1, 'eval_every': 2, 'eval_windows': 16, 'data.tokenizer': 'bytes', 'data.heldout': 0.2,
+      'data.cache': str(folder / 'cache'), 'objective.source': 48, 'tasks.spell.objective.name': 'answer',
+      'tasks.spell.weight': 2, 'tasks.spell.prefix': 'spell: ', 'tasks.spell.metrics': 'exact,chrf',
+      'tasks.spell.data.source': f'jsonl:{folder}/pairs.jsonl', 'tasks.spell.data.key': 'q', 'tasks.spell.data.target': 'a',
+      'tasks.text.objective.name': 'spans', 'tasks.text.data.source': f'text:{texts}/*.txt'}
 
 
 @pytest.fixture(scope='module')
@@ -45,9 +45,9 @@ def made(flat):
 @pytest.fixture(scope='module')
 def llama(flat):
   """The same tasks for a decoder, which compiles sooner: answers and next tokens."""
-  return {**flat, **{f'model.{k}': v for k, v in common.LLAMA.items()}, 'model.kind': 'decoder', 'model.N': 1, 'model.encoder_N': 0,
-          'model.position': 'rope', 'model.mlp': 'swiglu', 'model.tied': True, 'model.attention_scale': 0., 'objective.source': 0,
-          'tasks.text.objective.name': 'causal'}
+  t5 = {f'model.{k}' for k in common.T5}
+  return {**{k: v for k, v in flat.items() if k not in t5}, **{f'model.{k}': v for k, v in common.LLAMA.items()}, 'model.N': 1,
+          'model.encoder_N': 0, 'objective.source': 0, 'tasks.text.objective.name': 'causal'}
 
 
 @pytest.fixture(scope='module')
@@ -147,9 +147,9 @@ def test_caches_of_other_tasks_are_refused(flat, made, tmp_path):
     say(**{'data.tokenizer': 'bpe:300'})
   with pytest.raises(UsageError, match='mixture.json is missing'):
     caches.prepare(configs.from_flat(flat), folder / 'spell')
+  none = configs.from_flat({**flat, 'data.cache': str(tmp_path / 'c'), 'tasks.text.data.source': 'text:/none/*'})
   with pytest.raises(UsageError, match='task text: .*no file matches'):
-    mixture.prepare(configs.from_flat({**flat, 'data.cache': str(tmp_path / 'c'), 'tasks.text.data.source': 'text:/none/*'}), None,
-                    lambda _: None)
+    mixture.prepare(none, None, lambda _: None)
   assert not list(tmp_path.iterdir())
 
 
@@ -188,8 +188,17 @@ def test_overrides_of_tasks(flat, tmp_path):
     assert says in str(e.value) and '\n' not in str(e.value)
 
 
+def test_the_config_of_three_tasks_is_good():
+  c = configs.load('configs/finetune/multitask.py')
+  assert [(t.name, t.objective.name, t.data.prefix, t.metrics) for t in c.tasks] == [
+      ('field', 'answer', 'field: ', 'exact,f1'), ('text', 'spans', '', ''),
+      ('translate', 'answer', 'translate German to English: ', 'bleu')]
+  assert len({t.objective.source for t in c.tasks}) == 1 and c.model.V >= 8000 + tokenizer.SENTINELS
+
+
 @pytest.mark.parametrize('changes, says', [
-    ({'tasks.text.objective.source': 40}, r'tasks spell and text have batches of different shapes, inputs \[B, 48\] and inputs \[B, 40\]'),
+    ({'tasks.text.objective.source': 40},
+     r'tasks spell and text have batches of different shapes, inputs \[B, 48\] and inputs \[B, 40\]'),
     ({'tasks.text.objective.name': 'mask'}, "tasks.text.objective.name='mask': model.kind=seq2seq wants one of"),
     ({'tasks.text.objective.name': 'answer'}, "tasks.text.data.target='': objective.name=answer wants"),
     ({'tasks.spell.weight': 0}, 'tasks.spell.weight=0.0: wants a number above 0'),
@@ -248,6 +257,21 @@ def test_a_mixture_of_one_task_is_the_run_of_that_task(llama, made, one_device):
   assert len(set(found[0][1])) == 3
 
 
+def test_classifiers_of_two_texts_share_their_classes(one_device):
+  c = configs.from_flat({
+      **{f'model.{k}': v for k, v in common.BERT.items()}, 'model.N': 1, 'model.head': 'classify',
+      'objective.name': 'classify', 'length': 16, 'loss.chunks': 1, 'batch': 4, 'data.target': 'a',
+      'data.classes': 'no|yes', 'tasks.x.weight': 1., 'tasks.y.weight': 3.})
+  rng, sizes = np.random.default_rng(0), mixture.shapes(c)
+  rows = {k: rng.integers(0, 2, (4, size)).astype(dtype) for k, (size, dtype) in sizes.items()}
+  rows |= {'weights': np.ones((4, 1), np.float32), 'task': np.array([[0], [1], [1], [1]], np.int32)}
+  params = jax.jit(lambda key: kinds.init_params(c.model, key))(jax.random.key(0))
+  loss = jax.jit(lambda batch: objectives.of(c)(c, params, batch)[1][0])
+  sums, first = loss(common.put(rows)), loss(common.put({**rows, 'weights': rows['weights'] * (rows['task'] == 0)}))
+  assert sums['task_tokens'].tolist() == [1, 3]
+  np.testing.assert_allclose(sums['task_nll'], [first['nll'], sums['nll'] - first['nll']], rtol=1e-5)
+
+
 def test_a_run_says_what_each_task_costs(unbroken, decoding):
   lines = logged(unbroken)
   steps = [line for line in lines if 'loss' in line]
@@ -277,8 +301,18 @@ def test_resume_is_bit_for_bit_and_refuses_other_tasks(llama, unbroken, tmp_path
   configs.refuse_change(configs.from_flat(llama), configs.from_flat({**llama, 'tasks.spell.metrics': 'bleu'}))
 
 
+def test_a_task_with_nothing_held_out_is_named(llama, decoding, one_device):
+  c = configs.from_flat({**llama, 'tasks.text.data.heldout': 0.})
+  cache = decoding.cache.of['text']
+  nothing = dataclasses.replace(cache.streams['heldout'], starts=np.array([0]))
+  of = {**decoding.cache.of, 'text': dataclasses.replace(cache, streams={**cache.streams, 'heldout': nothing})}
+  with pytest.raises(UsageError, match='task text: eval_every=2: nothing is held out'):
+    evaluate.held_out(c, caches.Caches(of), common.mesh_of(1, 1, 1))
+
+
 def test_losses_are_those_of_another_mesh_in_microbatches(llama, unbroken, tmp_path):
-  train.train(configs.from_flat({**llama, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2, 'microbatches': 2, 'steps': 2}), tmp_path)
+  mesh = {'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2}
+  train.train(configs.from_flat({**llama, **mesh, 'microbatches': 2, 'steps': 2}), tmp_path)
   for line, expected in zip(logged(tmp_path), logged(unbroken)):
     assert set(line) == set(expected)
     np.testing.assert_allclose([line[k] for k in line], [expected[k] for k in line], rtol=1e-4)
@@ -302,7 +336,8 @@ def test_eval_of_each_task(unbroken, loaded, tmp_path, monkeypatch, capsys):
   assert spell['questions'] == 3 and {'exact', 'chrf', 'nll_per_token'} <= set(spell) and 'bleu' not in spell
   lm = loaded.of('spell')
   assert answers.evaluate_answers(lm, 'heldout', ['chrf'], limit=3, max_length=4)[0]['chrf'] == spell['chrf']
-  assert all(q['question'].startswith('spell: ') for q in answers.evaluate_answers(lm, 'heldout', ['exact'], limit=1, max_length=2)[1])
+  (asked,) = answers.evaluate_answers(lm, 'heldout', ['exact'], limit=1, max_length=4)[1]
+  assert asked['question'].startswith('spell: ')
   assert text['bits_per_byte'] > 0 and text['documents'] > 3
   held_out = [line['heldout_loss/spell'] for line in logged(unbroken) if 'heldout_loss' in line][-1]
   whole = run('--of=spell', '--metrics=exact', '--max_length=1', f'--answers={tmp_path / "a.jsonl"}')
@@ -310,7 +345,8 @@ def test_eval_of_each_task(unbroken, loaded, tmp_path, monkeypatch, capsys):
   assert list(whole['tasks']) == ['spell'] and (tmp_path / 'a.jsonl').exists()
   assert 'task spell' in capsys.readouterr().out
   for words, says in [((f'--answers={tmp_path / "b"}',), 'is of one task; say which, --of=spell|text'),
-                      (('--data=stdlib',), '--data=stdlib: is of one task'), (('--of=tekst',), "task 'tekst': the run has spell, text"),
+                      (('--data=stdlib',), '--data=stdlib: is of one task'),
+                      (('--of=tekst',), "task 'tekst': the run has spell, text"),
                       (('--of=text', '--metrics=exact'), '--metrics is for scoring answers')]:
     with pytest.raises(UsageError, match=says.replace('|', r'\|')):
       run(*words)
