@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jaxlm import evaluate, report, scoring
+from jaxlm import evaluate, report, schema, scoring
 from jaxlm.data import examples, forms, packing, pipeline, sources
 from jaxlm.errors import UsageError
 
@@ -95,8 +95,6 @@ def _squad(said: Sequence[str], right: Sequence[Sequence[str]]) -> dict:
 
 METRICS = {'exact': _exact, 'bleu': _sacrebleu('bleu'), 'chrf': _sacrebleu('chrf'), 'rouge': _rouge, 'f1': _f1,
            'accuracy': _accuracy, 'seqeval': _seqeval, 'squad': _squad}
-TEXTS = ('exact', 'bleu', 'chrf', 'rouge', 'f1')
-OF = {'answer': TEXTS, 'classify': TEXTS, 'tag': ('accuracy', 'seqeval'), 'span': ('squad',)}  # the first is the default
 
 
 def _ask(lm, records: Sequence[tuple], batch: int, max_length: int | None, num_beams: int) -> tuple[list, list, list]:
@@ -140,7 +138,7 @@ def evaluate_answers(lm, source: str, metrics: Sequence[str] = (), batch: int = 
 
   UsageError for a metric that is not known or whose library is missing.
   """
-  allowed = OF[lm.config.objective.name]
+  allowed = schema.METRICS[lm.config.objective.name]
   unknown = [m for m in metrics if m not in allowed]
   if unknown:
     raise UsageError(f'--metrics={unknown[0]}: objective.name={lm.config.objective.name} wants some of {", ".join(allowed)}')

@@ -5,7 +5,8 @@
     jaxlm eval      --workdir=DIR [--data=SOURCE --metrics=exact,bleu,… --num_beams --max_length --limit --answers=FILE
                     --json=FILE]   of a run that was trained to answer
     jaxlm eval      --workdir=DIR --tasks=NAME[,NAME] [--task_path=DIR --num_fewshot=N --limit=N --context --batch --json]
-    jaxlm generate  --workdir=DIR --prompt=TEXT [--max_length=100 --temperature=0.7 --top_k --top_p --min_p
+    jaxlm eval      --workdir=DIR [--of=NAME …]   of a mixture: its tasks in turn, each as above, or one of them
+    jaxlm generate  --workdir=DIR --prompt=TEXT [--of=NAME --max_length=100 --temperature=0.7 --top_k --top_p --min_p
                     --repetition_penalty --num_beams --stop=TEXT --seed=0 --json=FILE]
     jaxlm look      attention | lens --workdir=DIR --text=TEXT|--file=FILE --out=FILE.png|FILE.html [--source=TEXT --layer=N
                     --head=N --part=self]
@@ -58,6 +59,8 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_integer('step', None, 'the step (default: the newest checkpoint; data show: 0)', flag_values=f)
   if command in ('eval', 'generate', 'export', 'look'):
     flags.DEFINE_string('mesh', None, 'devices DATA,FSDP,TENSOR (default: the run\'s)', flag_values=f)
+  if command in ('eval', 'generate', 'look'):
+    flags.DEFINE_string('of', None, 'of a mixture: the task (tasks.NAME of its config)', flag_values=f)
   if command in ('eval', 'generate', 'export'):
     flags.DEFINE_string('json', None, 'write the result to this file too', flag_values=f)
   if command == 'look':
@@ -70,8 +73,8 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_integer('batch', 16, 'rows at a time; changes speed only', flag_values=f)
     flags.DEFINE_string('by_document', None, 'write name, bytes, tokens and nats of each document to this file, a JSON a line',
                         flag_values=f)
-    flags.DEFINE_list('metrics', [], 'of answers: exact (default), bleu, chrf, rouge, f1; of tags: accuracy (default), seqeval; of '
-                      'spans: squad', flag_values=f)
+    flags.DEFINE_list('metrics', [], 'of answers: exact, bleu, chrf, rouge, f1; of tags: accuracy, seqeval; of spans: squad (default: '
+                      'what the task says, or the first)', flag_values=f)
     flags.DEFINE_string('answers', None, 'write question, what was said and what is right to this file, a JSON a line',
                         flag_values=f)
     flags.DEFINE_integer('num_beams', 1, 'of answers: above 1: beam search', flag_values=f)
@@ -149,17 +152,57 @@ def _load(f, merge: bool = True):
   return lm.load(f.workdir, f.step, mesh, merge)
 
 
+def _load_one(f):
+  """_load, of a mixture as the run of the task --of."""
+  lm = _load(f)
+  if lm.config.tasks and not f.of:
+    raise UsageError(f'--workdir={f.workdir}: is of several tasks; say which, --of={"|".join(t.name for t in lm.config.tasks)}')
+  return lm.of(f.of) if f.of else lm
+
+
 def _write_json(path: str, result: dict) -> None:
   pathlib.Path(path).write_text(json.dumps(result, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
 def _eval(f, overrides):
   _refuse_flags(f, ('tasks',) if f.tasks else ('texts', 'answers'))
-  lm = _load(f)
+  if f.tasks:
+    result = _eval_tasks(f, _load_one(f))
+  else:
+    lm = _load(f)
+    if lm.config.tasks or f.of:
+      result = _eval_mixture(f, lm)
+    else:
+      _refuse_flags(f, (_asked(lm),))
+      result = _eval_one(f, lm, f.metrics)
+  if f.json:
+    _write_json(f.json, result)
+
+
+def _asked(lm) -> str:
   from jaxlm.data import asked  # pylint: disable=g-import-not-at-top
-  what = 'tasks' if f.tasks else 'answers' if lm.config.objective.name in asked.RECORDS else 'texts'
-  _refuse_flags(f, (what,))
-  {'tasks': _eval_tasks, 'answers': _eval_answers, 'texts': _eval_text}[what](f, lm)
+  return 'answers' if lm.config.objective.name in asked.RECORDS else 'texts'
+
+
+def _eval_one(f, lm, metrics) -> dict:
+  return {**(_eval_answers(f, lm, metrics) if _asked(lm) == 'answers' else _eval_text(f, lm)), 'data': f.data}
+
+
+def _eval_mixture(f, lm) -> dict:
+  """The tasks of a mixture in turn, or --of alone, each as the run that it would be by itself."""
+  from jaxlm import report  # pylint: disable=g-import-not-at-top
+  tasks = {task.name: task for task in lm.config.tasks}
+  parts = {name: lm.of(name) for name in ([f.of] if f.of else tasks)}
+  _refuse_flags(f, tuple(map(_asked, parts.values())))
+  for name in ('data', 'answers', 'by_document') if len(parts) > 1 else ():
+    if f[name].present and f[name].value not in ('heldout', 'train'):
+      raise UsageError(f'--{name}={f[name].value}: is of one task; say which, --of={"|".join(tasks)}')
+  results = {}
+  for name, part in parts.items():
+    report.say(f'task {name}')
+    metrics = tasks[name].metrics.split(',') if tasks[name].metrics and not f['metrics'].present else f.metrics
+    results[name] = _eval_one(f, part, metrics)
+  return {'tasks': results}
 
 
 def _refuse_flags(f, scored: tuple[str, ...]) -> None:
@@ -174,45 +217,45 @@ EVAL_FLAGS = {'data': ('texts', 'answers'), 'context': ('texts', 'tasks'), 'stri
               'metrics': ('answers',), 'answers': ('answers',), 'num_beams': ('answers',), 'max_length': ('answers',)}
 
 
-def _eval_answers(f, lm):
+def _eval_answers(f, lm, metrics) -> dict:
   from jaxlm import answers, report  # pylint: disable=g-import-not-at-top
-  result, each = answers.evaluate_answers(lm, f.data, f.metrics, f.batch, f.limit, f.max_length, f.num_beams)
+  result, each = answers.evaluate_answers(lm, f.data, metrics, f.batch, f.limit, f.max_length, f.num_beams)
   report.print_answers(result, each)
   if f.answers:
     lines = (json.dumps(a, ensure_ascii=False) + '\n' for a in each)
     pathlib.Path(f.answers).write_text(''.join(lines), encoding='utf-8')
-  if f.json:
-    _write_json(f.json, {**result, 'data': f.data})
+  return result
 
 
-def _eval_tasks(f, lm):
+def _eval_tasks(f, lm) -> dict:
   from jaxlm import harness, report  # pylint: disable=g-import-not-at-top  # an optional extra
   result = harness.run(lm, f.tasks, f.task_path, f.num_fewshot, f.limit, f.context, f.batch)
   report.print_tasks(result)
-  if f.json:
-    _write_json(f.json, result)
+  return result
 
 
-def _eval_text(f, lm):
+def _eval_text(f, lm) -> dict:
   from jaxlm import evaluate, report, scoring  # pylint: disable=g-import-not-at-top
   described, documents = evaluate.source_documents(f.data, lm.config)
   context = f.context if f.context is not None else lm.config.length
   stride = f.stride if f.stride is not None else max(1, context // 2)
   with report.progress('scoring', sum(len(text.encode()) for _, text in documents)) as tick:
     scored = scoring.score(lm, documents, context, stride, f.batch, tick)
+  prefix = lm.config.data.prefix  # is read, and its tokens cost nats, but its bytes are not the text's
+  for document in scored:
+    document.bytes -= len(prefix.encode())
   result = evaluate.result(lm, scored, context, stride)
   if f.by_document:
     lines = (json.dumps(dataclasses.asdict(d), ensure_ascii=False) + '\n' for d in scored)
     pathlib.Path(f.by_document).write_text(''.join(lines), encoding='utf-8')
   if f.baselines:
-    result.update(evaluate.baselines(documents, lm.config))
+    result.update(evaluate.baselines([(name, text.removeprefix(prefix)) for name, text in documents], lm.config))
   report.print_eval(described, result)
-  if f.json:
-    _write_json(f.json, {**result, 'data': f.data})
+  return result
 
 
 def _generate(f, overrides):
-  lm = _load(f)
+  lm = _load_one(f)
   from jaxlm import report  # pylint: disable=g-import-not-at-top
   sampling = {name: f[name].value for name in ('top_k', 'top_p', 'min_p', 'repetition_penalty', 'num_beams',
                                                'length_penalty')}
@@ -229,7 +272,7 @@ def _generate(f, overrides):
 
 
 def _look(f, overrides, what):
-  looking.run(f, what, _load, _write_json)
+  looking.run(f, what, _load_one, _write_json)
 
 
 def _data(f, overrides, what, name=''):
@@ -266,6 +309,7 @@ def _export(f, overrides):
   if f.base and not f.adapter:
     raise UsageError(f'--base={f.base}: is said in an adapter; add --adapter')
   lm = _load(f, merge=not f.adapter)
+  lm = lm.of(lm.config.tasks[0].name) if lm.config.tasks else lm  # all are the same model
   from jaxlm.interop import adapter, exporting  # pylint: disable=g-import-not-at-top
   out = pathlib.Path(f.out)
   report = adapter.run(lm, out, f.family, f.dtype, f.base) if f.adapter else exporting.run(lm, out, f.family, f.dtype)

@@ -12,44 +12,80 @@ import pathlib
 import typing
 
 from jaxlm.errors import UsageError
-from jaxlm.schema import FREE, TRAINING, Config, flatten
+from jaxlm.schema import FREE, RUN_DATA, TRAINING, Config, TaskConfig, flatten, task_keys
 from jaxlm.validate import validate
 
 _DEFAULTS = flatten(Config())
+_TASK = flatten(task_keys(TaskConfig('')))  # the keys of a task, after tasks.NAME.
 
 
 def _build(kind: type, values: dict, prefix: str = ''):
   """{'model.D': 512, …}, with every key → the dataclass."""
   nested = {f.name: f.type for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.type)}
   return kind(**{f.name: _build(nested[f.name], values, f'{prefix}{f.name}.') if f.name in nested
-                 else values[prefix + f.name] for f in dataclasses.fields(kind)})
+                 else values[prefix + f.name] for f in dataclasses.fields(kind) if prefix + f.name != 'tasks'})
+
+
+def _tasks(values: dict) -> tuple[TaskConfig, ...]:
+  """The tasks of a config, sorted by name: an order that no file changes."""
+  stated: dict[str, dict] = {}
+  for key in values:
+    if key.startswith('tasks.'):
+      _, name, rest = key.split('.', 2)
+      stated.setdefault(name, {})[rest] = values[key]
+  tasks = []
+  for name, own in sorted(stated.items()):
+    run = {k: values[k] for k in _TASK if k in values} | {'prefix': values['data.prefix']}
+    own = {**_TASK, **run, **own}
+    own['data.prefix'] = own['prefix']
+    parts = {part: _build(kind, {**_DEFAULTS, **own}, f'{part}.') for part, kind in _SECTIONS.items()}
+    tasks.append(TaskConfig(name, own['weight'], own['metrics'], **parts))
+  return tuple(tasks)
+
+
+_SECTIONS = {f.name: f.type for f in dataclasses.fields(TaskConfig) if dataclasses.is_dataclass(f.type)}
+
+
+def _default(key: str):
+  """The default of a key, which may be of a task; None if there is no such key."""
+  if not key.startswith('tasks.'):
+    return _DEFAULTS.get(key)
+  return _TASK.get(key.split('.', 2)[-1]) if key.count('.') > 1 else None
 
 
 def from_flat(values: dict) -> Config:
   """{'model.D': 512, …} over the defaults → a Config that is checked. Raises UsageError in one line."""
   merged = dict(_DEFAULTS)
   for key, value in values.items():
-    if key not in merged:
+    if _default(key) is None:
       raise UsageError(f'config has no key {key!r} (value {value!r}){nearest(key)}')
-    merged[key] = _convert(key, value, type(_DEFAULTS[key]))
-  config = _build(Config, merged)
+    merged[key] = _convert(key, value, type(_default(key)))
+  config = dataclasses.replace(_build(Config, merged), tasks=_tasks(merged))
   validate(config)
   return config
 
 
 def nearest(key: str) -> str:
   """'; did you mean …?' with the known keys most like `key`, or all of its section."""
+  keys, task = _DEFAULTS, ''
+  if key.startswith('tasks.'):
+    if key.count('.') == 1:
+      return '; keys of tasks are tasks.NAME.weight, .prefix, .metrics, .objective.KEY and .data.KEY'
+    _, name, key = key.split('.', 2)
+    keys, task = _TASK, f'tasks.{name}.'
+    if key in [f'data.{shared}' for shared in RUN_DATA]:
+      return f'; all tasks share {key}'
   leaf = key.split('.')[-1]
-  near = [k for k in _DEFAULTS if k.split('.')[-1].lower() == leaf.lower()]
-  near = near or difflib.get_close_matches(key, _DEFAULTS, n=3, cutoff=0.75)
+  near = [k for k in keys if k.split('.')[-1].lower() == leaf.lower()]
+  near = near or difflib.get_close_matches(key, keys, n=3, cutoff=0.75)
   if not near:
-    leaves = difflib.get_close_matches(leaf, [k.split('.')[-1] for k in _DEFAULTS], n=2, cutoff=0.6)
-    near = [k for k in _DEFAULTS if k.split('.')[-1] in leaves]
+    leaves = difflib.get_close_matches(leaf, [k.split('.')[-1] for k in keys], n=2, cutoff=0.6)
+    near = [k for k in keys if k.split('.')[-1] in leaves]
   if near:
-    return f'; did you mean {" or ".join(near[:3])}?'
+    return f'; did you mean {" or ".join(task + k for k in near[:3])}?'
   section = key.rpartition('.')[0]
-  known = [k for k in _DEFAULTS if section and k.startswith(section + '.')] or [k for k in _DEFAULTS if '.' not in k]
-  return f'; there are {", ".join(known)}'
+  known = [k for k in keys if section and k.startswith(section + '.')] or [k for k in keys if '.' not in k]
+  return f'; there are {", ".join(task + k for k in known)}'
 
 
 def _convert(key: str, value, kind: type):
@@ -66,7 +102,7 @@ _KIND = {int: 'an integer, as 12', float: 'a number, as 0.1', bool: 'true or fal
 
 def _parse(key: str, text: str):
   """An override's text as a value of the key's type; what cannot be one is left for _convert to refuse."""
-  kind = type(_DEFAULTS.get(key))
+  kind = type(_default(key))
   if kind is str:
     return text
   if kind is bool and text.lower() in ('true', 'false', '1', '0'):
@@ -83,7 +119,7 @@ def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
   A config file is Python code and runs as such: treat it as you treat a script.
   """
   if path.endswith('.json'):
-    return from_flat({**_read_json(path), **parsed(overrides)})
+    return _overridden(_read_json(path), overrides)
   file, _, argument = path.partition(':')
   if not pathlib.Path(file).is_file():
     near = difflib.get_close_matches(file, [str(p) for p in pathlib.Path('configs').glob('*.py')], n=2)
@@ -97,6 +133,18 @@ def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
     values = flatten(module.get_config(*([argument] if argument else [])))
   except KeyError as e:
     raise UsageError(f'--config={path}: the file knows no {e}') from e
+  return _overridden(values, overrides)
+
+
+def _overridden(values: dict, overrides: typing.Sequence[tuple[str, str]]) -> Config:
+  """from_flat with overrides. They make no new task where there are some: it would be one that is misspelt."""
+  names = list(dict.fromkeys(k.split('.')[1] for k in values if k.startswith('tasks.')))
+  for key, _ in overrides if names else ():
+    name = key.split('.')[1] if key.startswith('tasks.') else names[0]
+    if name not in names:
+      near = difflib.get_close_matches(name, names, n=1)
+      mend = f'did you mean {key.replace(name, near[0], 1)}?' if near else f'there are {", ".join(names)}'
+      raise UsageError(f'{key}: the config has no task {name!r}; {mend}')
   return from_flat({**values, **parsed(overrides)})
 
 
@@ -113,7 +161,15 @@ def _read_json(path: str) -> dict:
 
 
 def to_json(config: Config) -> str:
-  return json.dumps(dataclasses.asdict(config), indent=1, ensure_ascii=False)
+  """As a config file would have it: of a task's objective and data, what differs from the run's."""
+  run = flatten(config)
+  tasks = {}
+  for task in config.tasks:
+    keys = task_keys(task)
+    for section in _SECTIONS:
+      keys[section] = {k: v for k, v in keys[section].items() if v != run[f'{section}.{k}']}
+    tasks[task.name] = keys
+  return json.dumps({**dataclasses.asdict(config), 'tasks': tasks}, indent=1, ensure_ascii=False)
 
 
 def from_json(text: str) -> Config:
@@ -122,9 +178,12 @@ def from_json(text: str) -> Config:
 
 def summary(config: Config) -> str:
   """What differs from the defaults, a line a section."""
-  changed = {k: v for k, v in flatten(config).items() if v != _DEFAULTS[k]}
-  rows = {}
-  for key, value in changed.items():
+  flat, rows = flatten(config), {}
+  run = {**flat, 'prefix': flat['data.prefix'], 'metrics': ''}
+  expected = lambda k: run.get(k.split('.', 2)[-1]) if k.startswith('tasks.') else _DEFAULTS[k]  # of a task: the run's own
+  for key, value in flat.items():
+    if value == expected(key):
+      continue
     section, _, leaf = key.rpartition('.')
     rows.setdefault(section or 'run', []).append(f'{leaf}={value}')
   return '\n'.join(f'  {section:<10} {" ".join(parts)}' for section, parts in rows.items())
@@ -139,6 +198,10 @@ def refuse_other_model(saved: Config, config: Config) -> None:
 
 def refuse_change(saved: Config, config: Config) -> None:
   """UsageError naming the first field in which a checkpoint's config differs, unless the field is free."""
+  names = [', '.join(t.name for t in c.tasks) or 'none' for c in (saved, config)]
+  if names[0] != names[1]:
+    raise UsageError(f'the checkpoint is of another run: its tasks were {names[0]} and are now {names[1]}; set them so to go '
+                     'on, or another --workdir to start anew')
   old, new = flatten(saved), flatten(config)
   for key in old:
     if old[key] != new[key] and not FREE.match(key):

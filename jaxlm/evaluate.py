@@ -12,18 +12,18 @@ from jaxlm import scoring
 from jaxlm.data import examples, pipeline, sources
 from jaxlm.errors import UsageError
 from jaxlm.models import ngram
-from jaxlm.schema import Config
+from jaxlm.schema import Config, lead, of_task
 
 
 class HeldOut:
   """The evaluator that training runs: mean loss on the first windows of the cached held-out split."""
 
-  def __init__(self, config: Config, cache, mesh):
+  def __init__(self, config: Config, cache, mesh, nll=None):
     stream, task = cache.streams['heldout'], examples.Task(config, cache.tokenizer)
     count = min(config.eval_windows, examples.count(task, stream))
     if not count:
       raise UsageError(f'eval_every={config.eval_every}: nothing is held out (data.heldout={config.data.heldout})')
-    self._nll = scoring.make_nll(config)
+    self._nll = nll or scoring.make_nll(config)
     self._batches = []
     for start in range(0, count, config.batch):
       windows = np.arange(start, start + config.batch)
@@ -37,6 +37,30 @@ class HeldOut:
     nll = sum(jax.device_get(self._nll(params, b)[0]).sum(dtype=np.float64) for b in self._batches)
     tokens = sum(jax.device_get(b['weights']).sum(dtype=np.float64) for b in self._batches)
     yield 'heldout_loss', nll / tokens
+
+
+class HeldOutTasks:
+  """HeldOut of each task of a mixture."""
+
+  def __init__(self, config: Config, caches, mesh):
+    nll = scoring.make_nll(lead(config))  # compiled once: all batches look alike
+    self._tasks = []
+    for task in config.tasks:
+      try:
+        self._tasks.append((task, HeldOut(of_task(config, task), caches.of[task.name], mesh, nll)))
+      except UsageError as e:
+        raise UsageError(f'task {task.name}: {e}') from e
+
+  def run(self, params) -> Iterator[tuple[str, float]]:
+    """Yields ('heldout_loss', the mean of the tasks' by weight), and ('heldout_loss/NAME', nats per token) of each."""
+    losses = {task: loss for task, held_out in self._tasks for _, loss in held_out.run(params)}
+    yield 'heldout_loss', sum(t.weight * loss for t, loss in losses.items()) / sum(t.weight for t in losses)
+    yield from ((f'heldout_loss/{task.name}', loss) for task, loss in losses.items())
+
+
+def held_out(config: Config, cache, mesh) -> HeldOut | HeldOutTasks:
+  """The evaluator of a run, which may be a mixture."""
+  return (HeldOutTasks if config.tasks else HeldOut)(config, cache, mesh)
 
 
 def _only(batch: dict, rows_B: np.ndarray) -> dict:

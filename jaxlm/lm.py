@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxlm import checkpoint, encode, generate, layout
-from jaxlm.schema import Config, LoraConfig, MeshConfig
+from jaxlm.schema import Config, LoraConfig, MeshConfig, of_task
 from jaxlm.data import forms, pipeline
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UsageError
@@ -27,6 +27,13 @@ class LM:
   params: dict
   mesh: jax.sharding.Mesh
   step: int
+
+  def of(self, name: str) -> 'LM':
+    """The model of a mixture at one of its tasks: asked and scored as a run that has this task alone."""
+    tasks = {task.name: task for task in self.config.tasks}
+    if name not in tasks:
+      raise UsageError(f'task {name!r}: the run has {", ".join(tasks) or "none"}')
+    return dataclasses.replace(self, config=of_task(self.config, tasks[name]))
 
   def logits(self, tokens_BL, inputs_BM=None) -> np.ndarray:
     """float32 numpy logits [B, L, V] of token ids [B, L] (int; each row one document's beginning), which beside an encoder
@@ -97,14 +104,16 @@ class LM:
     return generate.generate(self, prompts, max_length, Sampling(temperature, **sampling), seed, stop, stream)
 
   def prompt(self, text) -> list[int]:
-    """Ids of a text to go on from; of a question, where the model was trained to answer; of messages (forms.chat_prompt), where it
-    was trained on chats."""
+    """Ids of a text to go on from; of a question, where the model was trained to answer; of messages (forms.chat_prompt), where
+    it was trained on chats. UsageError for a mixture."""
+    if self.config.tasks:
+      raise UsageError(f'a mixture of {", ".join(t.name for t in self.config.tasks)}: name the one to ask (--of=NAME, LM.of)')
     if self.config.data.form == 'chat':
       return forms.chat_prompt(self.tokenizer, self.config.data, text)
     if self.config.objective.name != 'answer':
       return self.tokenizer.prompt(text)
-    boundary = self.tokenizer.boundary
-    return [*([] if self.config.objective.source else [boundary]), *self.tokenizer.encode(text), boundary]
+    boundary, ids, source = self.tokenizer.boundary, self.tokenizer.encode(text), self.config.objective.source
+    return [*ids[:source - 1], boundary] if source else [boundary, *ids, boundary]  # cut as in training: data/asked.py
 
   @functools.cached_property
   def decoding_params(self) -> dict:

@@ -23,7 +23,7 @@ def token_nll(logits_BLV, targets_BL):
   return log_z_BL - picked_BL, log_z_BL
 
 
-def _piece(cfg, how, logits_BLV, targets_BL, weights_BL):
+def _piece(cfg, how, by_row, logits_BLV, targets_BL, weights_BL):
   logits_BLV = finish(cfg, logits_BLV)
   nll_BL, log_z_BL = token_nll(logits_BLV, targets_BL)
   nll = jnp.sum(nll_BL * weights_BL)
@@ -33,7 +33,12 @@ def _piece(cfg, how, logits_BLV, targets_BL, weights_BL):
     iota_BLV = jax.lax.broadcasted_iota(jnp.int32, logits_BLV.shape, 2, out_sharding=jax.typeof(logits_BLV).sharding)
     mean_BL = jnp.sum(jnp.where(iota_BLV < real, logits_BLV, 0.), -1) / real
     loss += how.smoothing * (jnp.sum((log_z_BL - mean_BL) * weights_BL) - nll)
-  return loss, nll
+  return loss, jnp.sum(nll_BL * weights_BL, 1) if by_row else nll
+
+
+def _zero(by_row, weights_BL):
+  """Where sums of nll start: a scalar, or [B] that lies as the batch does."""
+  return jnp.zeros_like(weights_BL[:, 0]) if by_row else jnp.float32(0)
 
 
 def pieces(chunks, unroll, body, carry, arrays):
@@ -47,9 +52,9 @@ def pieces(chunks, unroll, body, carry, arrays):
   return carry, y.reshape(y.shape[0], -1, *y.shape[3:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def cross_entropy(cfg: ModelConfig, how: LossConfig, x_BLD, unembedding: dict, targets_BL, weights_BL):
-  """(loss, nll): Σ weights · (nll + z_loss · log²Z), and Σ weights · nll, in nats, float32 scalars.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 6))
+def cross_entropy(cfg: ModelConfig, how: LossConfig, x_BLD, unembedding: dict, targets_BL, weights_BL, by_row: bool = False):
+  """(loss, nll): Σ weights · (nll + z_loss · log²Z), and Σ weights · nll, in nats, float32 scalars; by_row: nll a row, [B].
 
   x_BLD hidden states (any float dtype), unembedding as in output.Hidden, targets_BL int32 in [0, V), weights_BL float32.
   how.chunks divides L. With how.smoothing ε, the loss's nll is of a target that is spread over the vocabulary by ε
@@ -59,30 +64,30 @@ def cross_entropy(cfg: ModelConfig, how: LossConfig, x_BLD, unembedding: dict, t
 
   def body(sums, piece):
     x, targets, weights = piece
-    loss, nll = _piece(cfg, how, unembed(unembedding, x), targets, weights)
+    loss, nll = _piece(cfg, how, by_row, unembed(unembedding, x), targets, weights)
     return (sums[0] + loss, sums[1] + nll), None
-  sums, _ = pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), jnp.float32(0)), (x_BLD, targets_BL, weights_BL))
+  sums, _ = pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), _zero(by_row, weights_BL)), (x_BLD, targets_BL, weights_BL))
   return sums
 
 
-def _forward(cfg, how, x_BLD, unembedding, targets_BL, weights_BL):
+def _forward(cfg, how, x_BLD, unembedding, targets_BL, weights_BL, by_row):
   def body(carry, piece):
     x, targets, weights = piece
-    (loss, nll), g_BLV = jax.value_and_grad(functools.partial(_piece, cfg, how), has_aux=True)(
+    (loss, nll), g_BLV = jax.value_and_grad(functools.partial(_piece, cfg, how, by_row), has_aux=True)(
         unembed(whole, x), targets, weights)
     dx, d = contract_gradients(UNEMBED, 'gathered', x, whole['w'], g_BLV)
     d = {'w': d, 'bias': g_BLV.sum((0, 1))} if 'bias' in whole else {'w': d}
     return (carry[0] + loss, carry[1] + nll, jax.tree.map(jnp.add, carry[2], d)), dx
   whole = gathered(Hidden(x_BLD, unembedding, {}))  # once, not a piece at a time
   zeros = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), whole)
-  (loss, nll, d), dx_BLD = pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), jnp.float32(0), zeros),
+  (loss, nll, d), dx_BLD = pieces(how.chunks, not cfg.scan, body, (jnp.float32(0), _zero(by_row, weights_BL), zeros),
                                   (x_BLD, targets_BL, weights_BL))
   scatter = jax.linear_transpose(lambda w_VD: use(w_VD, 'VD', jnp.float32), unembedding['w'])
   return (loss, nll), (dx_BLD, {**d, 'w': scatter(d['w'])[0]})
 
 
-def _backward(cfg, how, gradients, cotangents):
-  del cfg, how
+def _backward(cfg, how, by_row, gradients, cotangents):
+  del cfg, how, by_row
   dx_BLD, d = gradients
   g = cotangents[0]  # nll is reported, never differentiated
   return (dx_BLD * g).astype(dx_BLD.dtype), jax.tree.map(lambda a: a * g, d), None, None

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxlm.schema import Config, ModelConfig, layer_kinds
 
-SUMS = ('loss', 'nll', 'tokens', 'load', 'right', 'pairs', 'pairs_nll', 'pairs_right')  # the others are the last step's
+SUMS = ('loss', 'nll', 'tokens', 'load', 'right', 'pairs', 'pairs_nll', 'pairs_right', 'task_nll', 'task_tokens')
+# The others are the last step's.
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -107,6 +108,10 @@ class Log:
     if 'load' in sums:  # choices an expert, as multiples of its layer's mean
       share_NE = sums['load'] / sums['load'].mean(-1, keepdims=True)
       more |= {'expert_load_max': float(share_NE.max()), 'expert_load_min': float(share_NE.min())}
+    for k, task in enumerate(c.tasks):
+      if count := int(sums['task_tokens'][k]):
+        more[f'loss/{task.name}'] = float(sums['task_nll'][k] / count)
+      more[f'tokens/{task.name}'] = count  # that counted, since the last line
     self.write(step, {
         'loss': float(sums['nll'] / max(tokens, 1)), 'objective': float(sums['loss'] / max(tokens, 1)),
         'tokens': step * c.batch * c.length, 'tokens_per_second': speed, 'step_seconds': seconds / sums['steps'],
@@ -127,8 +132,9 @@ class Log:
       self._progress.update(self._task, completed=step, loss=f'{values["loss"]:.3f}',
                             speed=f'{values["tokens_per_second"]:,.0f}')
     elif 'loss' in values:
+      each = ''.join(f'  {name.removeprefix("loss/")} {value:.4f}' for name, value in values.items() if name.startswith('loss/'))
       left = (self._config.steps - step) * values['step_seconds']
-      say(f'step {step:>6}/{self._config.steps}  loss {values["loss"]:.4f}  '
+      say(f'step {step:>6}/{self._config.steps}  loss {values["loss"]:.4f}{each}  '
           f'{values["tokens_per_second"]:,.0f} tokens/s  {left:,.0f} s left')
 
   @contextlib.contextmanager

@@ -203,6 +203,11 @@ class MeshConfig:
   tensor: int = 1           # heads, ffn and vocabulary are cut over it
 
 
+_TEXTS = ('exact', 'bleu', 'chrf', 'rouge', 'f1')
+# What answers of an objective can be scored by (answers.METRICS), the first by default.
+METRICS = {'answer': _TEXTS, 'classify': _TEXTS, 'tag': ('accuracy', 'seqeval'), 'span': ('squad',)}
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """What to train on. Tokens are written once to `cache`, then memory-mapped."""
@@ -217,10 +222,25 @@ class DataConfig:
   key: str = 'text'         # the field that holds the text: jsonl, arrayrecord, tfds; the words (tags), question (span), messages
   target: str = ''          # the field that holds its answer (objectives answer, classify, tag, span); '': texts have none
   context: str = ''         # form=span: the field that holds the text of which the answer is a part
+  prefix: str = ''          # put before each text, or question (T5's task prefix)
   classes: str = ''         # classify, tag: the answers that there are, with | between, as 'ham|spam'
   template: str = ''        # form=chat: how a message is written, as '<|im_start|>{role}\n{content}<|im_end|>\n'; tokens of the
                             # vocabulary may be named in it; what follows {content} ends what the assistant says
   order: str = 'shuffled'   # shuffled | contiguous: row b of a step goes on where row b of the step before ended
+
+
+RUN_DATA = ('tokenizer', 'stop', 'start', 'cache', 'order')  # keys of data that tasks of a mixture share
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+  """One task of a mixture. Keys are tasks.NAME.weight, .metrics, .prefix (which is data.prefix), .objective.KEY and, but for
+  those of RUN_DATA, .data.KEY; an objective, data or prefix that a task does not state is the run's own."""
+  name: str
+  weight: float = 1.        # its share of the examples is weight / Σ weights
+  metrics: str = ''         # what `jaxlm eval` scores its answers by, with , between
+  objective: ObjectiveConfig = ObjectiveConfig()
+  data: DataConfig = DataConfig()  # keys of RUN_DATA are at their defaults: of_task knows them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +276,7 @@ class Config:
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
   data: DataConfig = DataConfig()
+  tasks: tuple[TaskConfig, ...] = ()  # by name; none: the run's objective on its data
   start: StartConfig = StartConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -263,7 +284,8 @@ class Config:
 # What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
 # from the same state and data, except `steps`, which people raise to train on.
 FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|mesh\..*|checkpoint\..*|start\..*|'
-                  r'data\.(cache|stop|start)|microbatches|loss\.chunks|model\.(attention|remat|scan|pool|normalize))$')
+                  r'data\.(cache|stop|start)|tasks\.[^.]+\.metrics|microbatches|loss\.chunks|'
+                  r'model\.(attention|remat|scan|pool|normalize))$')
 
 
 # What of a model is about training it, and not about which function its parameters are.
@@ -272,14 +294,35 @@ TRAINING = re.compile(r'model\.(dtype|dropout|init_std|rnn\.(teacher|sampling)|'
 
 
 def flatten(config, prefix: str = '') -> dict:
-  """A dataclass (or dict) of dataclasses → {'model.D': 256, …} in order of declaration."""
+  """A dataclass (or dict) of dataclasses → {'model.D': 256, …} in order of declaration; of tasks, as tasks.NAME.weight."""
   items = ({f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
            if dataclasses.is_dataclass(config) else config)
   flat = {}
   for name, value in items.items():
+    if name == 'tasks' and isinstance(value, tuple):
+      value = {task.name: task_keys(task) for task in value}
     nested = dataclasses.is_dataclass(value) or isinstance(value, (dict, ConfigDict))
+    nested = nested and (prefix != 'tasks.' or len(value) > 0)  # a task that says nothing is no key
     flat.update(flatten(value, f'{prefix}{name}.') if nested else {prefix + name: value})
   return flat
+
+
+def task_keys(task: TaskConfig) -> dict:
+  """A task as its keys in a config file: {'weight': …, 'prefix': …, 'metrics': …, 'objective': {…}, 'data': {…}}."""
+  data = dataclasses.asdict(task.data)
+  return {'weight': task.weight, 'prefix': data.pop('prefix'), 'metrics': task.metrics,
+          'objective': dataclasses.asdict(task.objective), 'data': {k: v for k, v in data.items() if k not in RUN_DATA}}
+
+
+def of_task(c: Config, task: TaskConfig) -> Config:
+  """The run that has this task alone, and is no mixture."""
+  shared = {key: getattr(c.data, key) for key in RUN_DATA}
+  return dataclasses.replace(c, tasks=(), objective=task.objective, data=dataclasses.replace(task.data, **shared))
+
+
+def lead(c: Config) -> Config:
+  """The run of the first task, c if there are none: what is so for all tasks (shapes, which loss) can be read from it."""
+  return of_task(c, c.tasks[0]) if c.tasks else c
 
 
 def layer_kinds(m: ModelConfig) -> tuple[tuple[str, str], ...]:

@@ -10,7 +10,7 @@ import jax
 from jaxlm import config as configs, count, evaluate, layout, metrics, start
 from jaxlm.checkpoint import Checkpoints, resume, run_meta
 from jaxlm.schema import Config
-from jaxlm.data import examples, pipeline as pipelines
+from jaxlm.data import mixture, pipeline as pipelines
 from jaxlm.errors import JaxlmError, Preempted, StorageError
 from jaxlm.metrics import say
 from jaxlm.optimizer import make_optimizer
@@ -61,8 +61,8 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
   timer.mark('trace')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:  # XLA compiles while the data and the state get ready
     compiling = pool.submit(lowered.compile)
-    cache = pipelines.prepare(config, workdir, say)
-    pipeline = pipelines.make(config, cache)
+    cache = mixture.prepare(config, workdir, say)
+    pipeline = mixture.make(config, cache)
     timer.mark('data')
     checkpoints = Checkpoints(workdir, config.checkpoint)
     restored = resume(checkpoints, config, cache, abstract, mesh, jax.jit(tx.init), say)
@@ -74,8 +74,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
     step_fn = compiling.result()
   timer.mark('compile')
   params = sum(a.size for a in jax.tree.leaves(state['params']))
-  say(f'{params / 1e6:.1f}M parameters on {dict(mesh.shape)}; {pipeline.windows:,} windows an epoch, '
-      f'{config.steps * config.batch / pipeline.windows:.2f} epochs; '
+  say(f'{params / 1e6:.1f}M parameters on {dict(mesh.shape)}; {pipeline.epochs()}; '
       + (f'goes on from step {first}' if restored else 'starts at step 0'))
   if first >= config.steps:
     say(f'already at step {first}; raise --config.steps to train on')
@@ -93,7 +92,7 @@ def abstract_batch(config: Config, mesh):
   """Shapes, dtypes and shardings of a training batch."""
   sharding = jax.sharding.NamedSharding(mesh, layout.spec('BL'))
   return {name: jax.ShapeDtypeStruct((config.batch, length), dtype, sharding=sharding)
-          for name, (length, dtype) in examples.shapes(config).items()}
+          for name, (length, dtype) in mixture.shapes(config).items()}
 
 
 def _fresh_state(config: Config, tx):
@@ -110,7 +109,7 @@ class _Loop:
   workdir: pathlib.Path
   mesh: jax.sharding.Mesh
   step_fn: Callable
-  pipeline: pipelines.Pipeline
+  pipeline: pipelines.Pipeline | mixture.Mixture
   checkpoints: Checkpoints
   log: metrics.Log
   signals: Signals
@@ -120,7 +119,7 @@ class _Loop:
 
   def run(self, timer: metrics.Timer) -> None:
     config, start = self.config, self.saved
-    held_out = evaluate.HeldOut(config, self.pipeline.cache, self.mesh) if config.eval_every else None
+    held_out = evaluate.held_out(config, self.pipeline.cache, self.mesh) if config.eval_every else None
     batch = self.pipeline.batch(start, self.mesh)
     with jax.transfer_guard('disallow'):
       for done in range(start + 1, config.steps + 1):

@@ -1,9 +1,11 @@
 """Every check of a config that needs no device. A failure is one line: the key, its value, the mend."""
+import dataclasses
 import difflib
+import math
 import re
 
 from jaxlm.errors import UsageError
-from jaxlm.schema import GATED, WORDS, Config, flatten, layer_kinds, selected, span_lengths
+from jaxlm.schema import GATED, METRICS, WORDS, Config, flatten, layer_kinds, of_task, selected, span_lengths
 
 CHOICES = {
     'model.kind': ('decoder', 'encoder', 'seq2seq', 'rnn', 'rnn_seq2seq', 'ngram'),
@@ -28,9 +30,11 @@ ZERO_OK = re.compile(
     r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2))$')
 
 
+
+
 def validate(c: Config) -> None:
   """Every check that needs no device. Raises UsageError: the key, its value, the mend."""
-  flat, m = flatten(c), c.model
+  flat, m = flatten(dataclasses.replace(c, tasks=())), c.model
 
   def need(ok: bool, key: str, mend: str):
     if not ok:
@@ -51,9 +55,10 @@ def validate(c: Config) -> None:
     need(m.V <= 2 ** 20, 'model.V', 'an n-gram knows at most 2^20 = 1,048,576 symbols')
     need(c.steps == 1, 'steps', 'an n-gram is counted once, at step 1: set 1')
   need(c.batch % c.microbatches == 0, 'microbatches', f'does not divide batch={c.batch}')
-  _objective(c, need)
-  targets = 1 if c.objective.name in HEADS else selected(c) if m.kind == 'encoder' else c.length
-  need(targets % c.loss.chunks == 0, 'loss.chunks', f'does not divide the {targets} targets of a row (length={c.length})')
+  if not c.tasks:  # the objective of a mixture is its tasks'
+    _objective(c, need)
+    targets = 1 if c.objective.name in HEADS else selected(c) if m.kind == 'encoder' else c.length
+    need(targets % c.loss.chunks == 0, 'loss.chunks', f'does not divide the {targets} targets of a row (length={c.length})')
   try:
     re.compile(c.optimizer.no_decay)
   except re.error as e:
@@ -65,6 +70,44 @@ def validate(c: Config) -> None:
   need(len(fill) < 2, f'mesh.{(fill or ["fsdp"])[-1]}', f'only one axis may be -1, and {fill[:1]} is')
   if -1 not in (sizes['data'], sizes['fsdp'], sizes['tensor']):
     check_mesh(c, sizes)
+  _tasks(c, need)
+
+
+def _tasks(c: Config, need) -> None:
+  """Each task must be a run of its own, and batches of all must look alike."""
+  if not c.tasks:
+    return
+  need(c.model.kind != 'ngram', 'model.kind', 'an n-gram is counted on one text: it has no tasks')
+  need(c.data.order == 'shuffled', 'data.order', 'rows of a mixture do not go on where others ended: set shuffled')
+  if len(c.tasks) > 1000:
+    raise UsageError(f'tasks: {len(c.tasks)} of them; each has an example in every 1,000, so at most 1,000')
+  for task in c.tasks:
+    key = f'tasks.{task.name}'
+    if not re.fullmatch(r'[A-Za-z0-9_-]+', task.name):
+      raise UsageError(f'{key}: a task\'s name is of letters, digits, _ and -')
+    if not 0 < task.weight < math.inf:
+      raise UsageError(f'{key}.weight={task.weight!r}: wants a number above 0')
+    known = METRICS.get(task.objective.name, ())
+    if task.metrics and not set(task.metrics.split(',')) <= set(known):
+      raise UsageError(f'{key}.metrics={task.metrics!r}: objective.name={task.objective.name} wants '
+                       + (f'some of {", ".join(known)}, with , between' if known else "''; metrics are of answers"))
+    try:
+      validate(of_task(c, task))
+    except UsageError as e:
+      raise UsageError(f'{key}{"." if str(e).startswith(("objective.", "data.")) else ": "}{e}') from e
+  from jaxlm.data import examples  # pylint: disable=g-import-not-at-top  # it reads schema.py as this file does, and no jax
+  runs = {task.name: of_task(c, task) for task in c.tasks}
+  (first, run), *others = runs.items()
+  for name, other in others:
+    shapes = [{k: f'{k} [B, {size}]' for k, (size, _) in examples.shapes(r).items()} for r in (run, other)]
+    for array in shapes[0] | shapes[1]:
+      found = [s[array] if array in s else f'no {array}' for s in shapes]
+      if found[0] != found[1]:
+        raise UsageError(f'tasks {first} and {name} have batches of different shapes, {found[0]} and {found[1]}: their '
+                         'objectives must be of one kind and size (objective.source, objective.share)')
+    if run.objective.next_sentence != other.objective.next_sentence:
+      raise UsageError(f'tasks {first} and {name} have objective.next_sentence={run.objective.next_sentence} and '
+                       f'{other.objective.next_sentence}: it is one loss, set one')
 
 
 HEADS = ('classify', 'tag', 'span')  # objectives that want the head of their name
@@ -94,6 +137,7 @@ def _objective(c: Config, need) -> None:
   answers = o.name in ('answer', *HEADS) and c.data.form != 'chat'
   need(answers == bool(c.data.target), 'data.target', f'objective.name={o.name} wants the field of the answers' if answers else
        f'objective.name={o.name}, data.form={c.data.form} has no answers: set \'\'')
+  need(not c.data.prefix or c.data.form in ('text', 'span'), 'data.prefix', f'data.form={c.data.form} has no place for it: set \'\'')
   need(bool(c.data.context) == (o.name == 'span'), 'data.context', 'wants the field of the text for objective.name=span; else \'\'')
   need(template_is_good(c.data.template) if c.data.form == 'chat' else not c.data.template, 'data.template',
        'wants one {content}, {role} if need be, and something after {content} that ends it; but for data.form=chat, \'\'')

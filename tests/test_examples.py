@@ -207,6 +207,20 @@ def test_answers_are_asked_for_once_an_epoch_with_their_question(family):
   assert sorted(found) == sorted((tuple(q), tuple(a)) for q, a in pairs)
 
 
+@pytest.mark.parametrize('family', ['transformer', 'llama'])
+def test_long_questions_are_cut_where_they_matter_least(family):
+  """Beside an encoder their end goes, before an answer their beginning; and what is asked at the end is cut as in training."""
+  c = common.config(family, **{'objective.name': 'answer', 'data.target': 'a'})
+  question, said = [*range(60, 110)], [*range(110, 120)]
+  stream = packing.in_memory(c.data, common.BYTES, [tuple(common.BYTES.decode(ids) for ids in (question, said))])
+  batch = examples.make(examples.Task(c, common.BYTES), stream, np.array([0]), np.array([0]))
+  b, kept = common.BYTES.boundary, c.objective.source - 1 if family == 'transformer' else c.length - 2 - len(said)
+  if family == 'transformer':
+    assert batch['inputs'][0].tolist() == [*question[:kept], b]
+  else:
+    assert batch['tokens'][0].tolist() == [b, *question[-kept:], b, *said]
+
+
 def test_a_vocabulary_without_room_for_masks_is_refused():
   with pytest.raises(UsageError, match='objective.name=mask puts in others; set at least 258'):
     examples.check(masked_config(**{'model.V': 257}), common.BYTES)

@@ -18,7 +18,8 @@ def count(task: Task, stream: Stream) -> int:
 
 
 def _fit(task: Task, question: int, answer: int) -> tuple[int, int]:
-  """How many tokens of each are kept: the last of the question and the first of the answer, each with a boundary after it."""
+  """How many tokens of each are kept, with a boundary after it: the first of the answer, and of the question the first beside an
+  encoder (what is asked stands there), else the last (the answer goes on from there)."""
   L, M = task.config.length, task.objective.source
   if M:
     return min(question, M - 1), min(answer, L - 1)
@@ -59,7 +60,7 @@ def answer(task: Task, stream: Stream, windows_B, numbers_B) -> dict[str, np.nda
     for segment, n in enumerate(rows[window], 1):
       question, said = stream.document(n)
       kept, size = _fit(task, len(question), len(said))
-      question, said = question[len(question) - kept:], said[:size]
+      question, said = question[:kept] if task.objective.source else question[len(question) - kept:], said[:size]
       if task.objective.source:
         span = slice(at_source, at_source + kept + 1)
         out['inputs'][b, span], out['input_segments'][b, span] = [*question, boundary], segment

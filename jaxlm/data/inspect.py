@@ -3,7 +3,7 @@ import itertools
 import pathlib
 
 from jaxlm.schema import Config
-from jaxlm.data import pipeline as pipelines
+from jaxlm.data import mixture
 from jaxlm.metrics import say
 
 
@@ -15,16 +15,17 @@ def build(config: Config, workdir: pathlib.Path, step: int) -> None:
 
 def show(config: Config, workdir: pathlib.Path, step: int) -> None:
   """Every row of the batch of `step`, decoded: ⏎ ends a segment, ▢ is a mask or a sentinel, → precedes what is to be said."""
-  cache = pipelines.prepare(config, workdir, say)
-  batch = pipelines.make(config, cache).rows(step, 0, config.batch)
+  cache = mixture.prepare(config, workdir, say)
+  batch = mixture.make(config, cache).rows(step, 0, config.batch)
   for row in range(config.batch):
-    say(f'--- step {step} row {row}: {int(batch["weights"][row].sum())} of {len(batch["targets"][row])} targets count'
-        + (f', label {batch["labels"][row, 0]}' if 'labels' in batch else ''))
+    task = config.tasks[int(batch['task'][row, 0])] if config.tasks else None
+    say(f'--- step {step} row {row}{f" {task.name}" if task else ""}: {int(batch["weights"][row].sum())} of '
+        f'{len(batch["weights"][row])} targets count' + (f', label {batch["labels"][row, 0]}' if 'labels' in batch else ''))
     for prefix in ('input_', '') if 'inputs' in batch else ('',):
       ids, segments = batch['inputs' if prefix else 'tokens'][row], batch[f'{prefix}segments'][row]
       for segment in range(1, int(segments.max()) + 1):
         say(f'[{segment}{" source" if prefix else ""}] {_text(cache.tokenizer, ids[segments == segment])}⏎')
-    if 'at' in batch or config.objective.name == 'spans':
+    if 'at' in batch or (task or config).objective.name == 'spans':
       say(f'→ {_text(cache.tokenizer, batch["targets"][row][batch["weights"][row] > 0])}')
 
 
@@ -36,14 +37,15 @@ def _text(tokenizer, ids) -> str:
 def stats(config: Config, workdir: pathlib.Path, step: int) -> None:
   """Counts of the cache, and how long the run's steps last."""
   del step
-  cache = pipelines.prepare(config, workdir, say)
-  for split, entry in cache.manifest['splits'].items():
-    if entry['tokens']:
-      say(f'{split:<8} {entry["documents"]:,} documents  {entry["bytes"]:,} bytes  {entry["tokens"]:,} tokens  '
-          f'{entry["bytes"] / entry["tokens"]:.3f} bytes a token')
-  windows = pipelines.make(config, cache).windows
-  say(f'{windows:,} windows of {config.length}; {config.steps} steps of {config.batch} are '
-      f'{config.steps * config.batch / windows:.2f} epochs; hash {cache.hash[:16]}')
+  cache = mixture.prepare(config, workdir, say)
+  each = cache.of if config.tasks else {'': cache}
+  for name, part in each.items():
+    for split, entry in part.manifest['splits'].items():
+      if entry['tokens']:
+        say(f'{name}{" " if name else ""}{split:<8} {entry["documents"]:,} documents  {entry["bytes"]:,} bytes  '
+            f'{entry["tokens"]:,} tokens  {entry["bytes"] / entry["tokens"]:.3f} bytes a token')
+  say(f'windows of {config.length}, {config.steps} steps of {config.batch}: {mixture.make(config, cache).epochs()}; '
+      f'hash {cache.hash[:16]}')
 
 
 COMMANDS = {'build': build, 'show': show, 'stats': stats}

@@ -10,6 +10,7 @@ the start of each document in NAME-documents.npy (int64). All of it appears at o
 document is [boundary, question, boundary, answer, boundary], and NAME-answers.npy says where each answer starts; a document
 of a data.form that marks its tokens has their marks in NAME-marks-00000.bin, beside its part.
 """
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,7 +19,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -105,17 +106,11 @@ class Cache:
     return self.manifest['hash']
 
 
-def build(data: DataConfig, cache: pathlib.Path, say=print) -> None:
-  """Reads the source, makes the tokenizer, and writes the cache. Raises UsageError, StorageError."""
-  folder = cache.with_name(f'{cache.name}.tmp-{os.getpid()}')
-  for old in cache.parent.glob(f'{cache.name}.tmp-*'):  # left by a build that was killed
-    if not _alive(int(old.name.rpartition('-')[2])):
-      shutil.rmtree(old)
-  try:
-    folder.mkdir(parents=True)
+def build(data: DataConfig, cache: pathlib.Path, say=print, tokenizer: tokenizers.Tokenizer | None = None) -> None:
+  """Reads the source, makes the tokenizer (unless it is given), and writes the cache. Raises UsageError, StorageError."""
+  with whole(cache) as folder:
     say(f'data: reading {data.source}, tokenizer {data.tokenizer}')
-    texts = (text for _, *fields in sources.records(data.source, data, 'train') for text in forms.texts(data, fields))
-    tokenizer = tokenizers.make(data.tokenizer, texts)
+    tokenizer = tokenizer or tokenizers.make(data.tokenizer, texts(data))
     (folder / 'tokenizer.json').write_text(tokenizer.json, encoding='utf-8')
     splits = {split: _write_split(data, split, tokenizer, folder, say) for split in SPLITS}
     if not splits['train']['documents']:
@@ -123,6 +118,23 @@ def build(data: DataConfig, cache: pathlib.Path, say=print) -> None:
     manifest = {**_identity(data), 'tokenizer_sha256': tokenizer.sha256, 'splits': splits}
     manifest['hash'] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / 'manifest.json').write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+
+
+def texts(data: DataConfig) -> Iterator[str]:
+  """All texts in the training documents."""
+  return (text for _, *fields in sources.records(data.source, data, 'train') for text in forms.texts(data, fields))
+
+
+@contextlib.contextmanager
+def whole(cache: pathlib.Path):
+  """A folder that is written to disk and becomes `cache` when the block ends, and is gone if it fails. Raises StorageError."""
+  folder = cache.with_name(f'{cache.name}.tmp-{os.getpid()}')
+  for old in cache.parent.glob(f'{cache.name}.tmp-*'):  # left by a build that was killed
+    if not _alive(int(old.name.rpartition('-')[2])):
+      shutil.rmtree(old)
+  try:
+    folder.mkdir(parents=True)
+    yield folder
     for path in folder.iterdir():
       _fsync(path)
     _fsync(folder)
@@ -138,7 +150,8 @@ def build(data: DataConfig, cache: pathlib.Path, say=print) -> None:
 def _identity(data: DataConfig) -> dict:
   """What of the config decides what is in a cache."""
   named = {'text': (), 'tags': ('classes',), 'span': ('context',), 'chat': ('template',)}[data.form]
-  return {name: getattr(data, name) for name in ('source', 'heldout', 'key', 'tokenizer', *(['target'] if data.target else []),
+  said = [name for name in ('target', 'prefix') if getattr(data, name)]
+  return {name: getattr(data, name) for name in ('source', 'heldout', 'key', 'tokenizer', *said,
                                                  *(['form', *named] if data.form != 'text' else []))}
 
 
@@ -157,7 +170,12 @@ def in_memory(data: DataConfig, tokenizer: tokenizers.Tokenizer, records: Sequen
 def build_apart(data: DataConfig, cache: pathlib.Path, say=print) -> None:
   """`build` in a process of its own, with the system's malloc as it comes: with what memory.py sets the tokenizer's threads
   may wait for each other (27 s for 10). It ends when this process does. Raises what build raises."""
-  words = [sys.executable, '-m', 'jaxlm.data.packing', json.dumps(dataclasses.asdict(data)), str(cache)]
+  apart('jaxlm.data.packing', dataclasses.asdict(data), cache, say)
+
+
+def apart(module: str, what: dict, cache: pathlib.Path, say) -> None:
+  """See build_apart; `module` is run, and gets `what` as JSON and the cache."""
+  words = [sys.executable, '-m', module, json.dumps(what), str(cache)]
   with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                         env={**os.environ, 'GLIBC_TUNABLES': '', 'PYTHONUNBUFFERED': '1'}) as child:
     try:
@@ -172,9 +190,10 @@ def build_apart(data: DataConfig, cache: pathlib.Path, say=print) -> None:
     raise kind(problem or f'data cache {cache}: the build ended with {child.returncode}')
 
 
-def _main(data: str, cache: str) -> None:
+def main(make, what: str, cache: str) -> None:
+  """What `apart` runs: make(what, cache)."""
   try:
-    build(DataConfig(**json.loads(data)), pathlib.Path(cache))
+    make(json.loads(what), pathlib.Path(cache))
   except JaxlmError as e:
     print(e, file=sys.stderr)
     sys.exit(e.code)
@@ -263,7 +282,7 @@ def open_cache(data: DataConfig, cache: pathlib.Path) -> Cache:
     raise UsageError(f'data cache {cache}: manifest.json is missing; remove the folder to build it again')
   manifest = json.loads((cache / 'manifest.json').read_text(encoding='utf-8'))
   identity = _identity(data)
-  for field in ('source', 'heldout', 'key', 'target', 'form', *identity):
+  for field in ('source', 'heldout', 'key', 'target', 'prefix', 'form', *identity):
     found = manifest.get(field, getattr(DataConfig, field))  # a cache of plain texts says nothing of a target or a form
     if found != getattr(data, field):
       raise UsageError(f'data cache {cache}: was built with data.{field}={found!r}, the config has '
@@ -293,4 +312,4 @@ def _open_stream(entry: dict, cache: pathlib.Path, split: str) -> Stream:
 
 
 if __name__ == '__main__':
-  _main(*sys.argv[1:])
+  main(lambda data, cache: build(DataConfig(**data), cache), *sys.argv[1:])

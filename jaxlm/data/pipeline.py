@@ -62,6 +62,10 @@ class Pipeline:
     numbers = step * self.config.batch + np.arange(start, stop, dtype=np.int64)
     if self.config.data.order == 'contiguous':
       return self._lanes(step, np.arange(start, stop, dtype=np.int64), numbers)
+    return self.examples(numbers)
+
+  def examples(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Examples of the run by number, in shuffled order."""
     epochs, index = np.divmod(numbers, self.windows)
     chosen = np.empty_like(index)
     for epoch in np.unique(epochs):
@@ -79,6 +83,11 @@ class Pipeline:
   def batch(self, step: int, mesh) -> dict[str, jax.Array]:
     """The global batch of `step` on the mesh. Each process reads only the rows its devices hold."""
     return place(lambda start, stop: self.rows(step, start, stop), self.config.batch, mesh)
+
+  def epochs(self, share: float = 1.) -> str:
+    """How long the run's steps last, if `share` of the examples come from here, in words."""
+    examined = share * self.config.steps * self.config.batch
+    return f'{self.windows:,} windows an epoch, {examined / self.windows:.2f} epochs'
 
 
 def place(rows, batch_size: int, mesh) -> dict[str, jax.Array]:

@@ -7,7 +7,7 @@
     tfds:NAME[:VERSION]/SPLIT   an example a record; prepared beforehand, read without TensorFlow
 
 A record's field data.key is a document; with data.target, it is a question, and that field its answer; data/forms.py has
-what else data.form can make of its fields.
+what else data.form can make of its fields. data.prefix is put before each text or question.
 
 Each source is split once and for all: a document is held out if the hash of its name falls in the held-out share.
 """
@@ -50,7 +50,7 @@ def records(source: str, data: DataConfig, split: str) -> Iterator[tuple]:
     raise UsageError(f'data source {source!r}: has no field {wants}; jsonl, arrayrecord and tfds have fields')
   for name, fields in SOURCES[kind](rest, lambda record, where: forms.read(record, data, where)):
     if fields and (split == 'all' or is_heldout(name, data.heldout) == (split == 'heldout')):
-      yield (name, *fields)
+      yield (name, data.prefix + fields[0], *fields[1:]) if data.prefix else (name, *fields)
 
 
 def _stdlib(rest: str, read):
