@@ -210,6 +210,7 @@ class DataConfig:
   heldout: float = 0.05     # share of documents, by hash of their name, never trained on
   tokenizer: str = 'bpe:4096'  # bpe:SIZE (trained on the documents) | bytes | a tokenizer.json | start (start.checkpoint's)
   stop: str = ''            # tokens that end a generated text besides the boundary, by name, with spaces between
+  never: str = ''           # tokens that are never generated, by name, with spaces between
   start: str = ''           # the token, by name, that a decoder beside an encoder begins with, which then reads all of the
                             # prompt; '': as it was trained (decoding.py)
   cache: str = ''           # a folder; '' is data/ in the workdir
@@ -259,7 +260,7 @@ class Config:
 # What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
 # from the same state and data, except `steps`, which people raise to train on.
 FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|mesh\..*|checkpoint\..*|start\..*|'
-                  r'data\.(cache|stop|start)|microbatches|loss\.chunks|model\.(attention|remat|scan|pool|normalize))$')
+                  r'data\.(cache|stop|start|never)|microbatches|loss\.chunks|model\.(attention|remat|scan|pool|normalize))$')
 
 
 # What of a model is about training it, and not about which function its parameters are.
