@@ -216,7 +216,7 @@ class DataConfig:
   cache: str = ''           # a folder; '' is data/ in the workdir
   key: str = 'text'         # the field that holds the text: jsonl, arrayrecord, tfds
   target: str = ''          # the field that holds its answer (objectives answer, classify); '': texts have none
-  classes: str = ''         # classify: the answers that there are, with | between, as 'ham|spam'
+  classes: str = ''         # of a classifier: the answers that there are, with | between, as 'ham|spam'
   order: str = 'shuffled'   # shuffled | contiguous: row b of a step goes on where row b of the step before ended
 
 

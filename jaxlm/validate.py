@@ -85,10 +85,12 @@ def _objective(c: Config, need) -> None:
   need(answers == bool(c.data.target), 'data.target', f'objective.name={o.name} wants the field of the answers' if answers else
        f'objective.name={o.name} has no answers: set \'\'')
   classes = [name for name in c.data.classes.split('|') if name]
-  need(bool(classes) == (o.name == 'classify') and len(set(classes)) == len(classes), 'data.classes',
-       'wants the different answers of objective.name=classify, with | between; of all others, \'\'')
+  named = m.head in ('classify', 'tag')
+  need((classes or o.name != 'classify') and (named or not classes) and len(set(classes)) == len(classes), 'data.classes',
+       'wants the different answers of objective.name=classify, with | between; without model.head=classify or tag, \'\'')
   if o.name == 'classify':
     need(m.head == 'classify' and m.pooler, 'model.head', 'classify wants model.head=classify and model.pooler=True')
+  if classes:
     need(m.C == len(classes), 'model.C', f'data.classes are {len(classes)}')
   if o.name == 'pairs':
     need(m.pooler and m.T == 2 and m.C == 2, 'model.pooler', 'pairs want model.pooler=True, model.T=2 and model.C=2')

@@ -173,6 +173,26 @@ def test_what_was_imported_is_exported(name, tmp_path):
     assert again.generation_config.decoder_start_token_id == start and lm.config.data.start == lm.tokenizer.text_of(start)
 
 
+@pytest.mark.parametrize('name, labels, classes', [
+    ('bert, classes', ['no spam', 'Spam', 'eggs'], 'no spam|Spam|eggs'), ('roberta, tags', list('ABCDE'), 'A|B|C|D|E'),
+    ('bert, classes', ['a|b', 'c', 'd'], ''), ('bert, classes', ['LABEL_0', 'LABEL_1', 'LABEL_2'], '')])
+def test_the_names_of_classes_are_kept(name, labels, classes, tmp_path):
+  peer = classics.make(name, id2label=dict(enumerate(labels)), label2id={label: n for n, label in enumerate(labels)})
+  peer.save_pretrained(tmp_path / 'hf')
+  kind = peer.config.model_type
+  (tmp_path / 'hf' / 'tokenizer.json').write_text(TOKENIZERS[kind], encoding='utf-8')
+  importing.run(str(tmp_path / 'hf'), tmp_path / 'run', None, 1, [], lambda text: None)
+  lm = jaxlm.load(tmp_path / 'run')
+  assert lm.config.data.classes == classes
+  (tmp_path / 'out').mkdir()
+  exporting.write_model(lm, tmp_path / 'out', kind, 'float32')
+  names = labels if classes else [f'LABEL_{n}' for n in range(len(labels))]
+  config = transformers.AutoConfig.from_pretrained(tmp_path / 'out')
+  assert config.id2label == dict(enumerate(names)) and config.label2id == {label: n for n, label in enumerate(names)}
+  with pytest.raises(UsageError, match='^model.C='):
+    importing.run(str(tmp_path / 'hf'), tmp_path / 'no', None, 1, [('data.classes', 'x|y')], lambda text: None)
+
+
 def test_what_a_marian_never_says_is_kept(tmp_path):
   """Its padding, with which its decoder begins: nor is it said here, and the folder says so again."""
   peer = classics.make('marian')

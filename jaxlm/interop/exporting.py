@@ -81,6 +81,8 @@ def write_model(lm, folder: pathlib.Path, family: str, dtype: str) -> None:
   if m.kind == 'seq2seq' and start_of(lm):
     said |= {'decoder_start_token_id': start_of(lm)[0], 'pad_token_id': config['pad_token_id']}
   config |= said
+  if names := [name for name in lm.config.data.classes.split('|') if name]:
+    config |= {'id2label': {str(n): name for n, name in enumerate(names)}, 'label2id': {name: n for n, name in enumerate(names)}}
   if never_of(lm):
     said['bad_words_ids'] = [[i] for i in never_of(lm)]
   write_tensors(folder, convert.write(family, m, functools.partial(get, lm.params)), dtype)

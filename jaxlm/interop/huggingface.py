@@ -129,6 +129,14 @@ class Folder:
       raise UsageError(f'bad_words_ids has {long[0]!r}: known are lists of one token; take it out of generation_config.json')
     return [word[0] for word in words]
 
+  def classes(self) -> list[str]:
+    """The names of a classifier's classes; [] if it gives none, or such that data.classes cannot hold."""
+    names = self.config.get('id2label') or {}
+    names = [names.get(str(n)) for n in range(len(names))] if isinstance(names, dict) else []
+    usual = [f'LABEL_{n}' for n in range(len(names))]
+    fits = all(isinstance(name, str) and name and '|' not in name for name in names) and len(set(names)) == len(names)
+    return names if fits and names != usual else []
+
   def _said(self, key: str) -> list:
     file = self.path / 'generation_config.json'
     said = {**self.config, **(read_json(file) if file.is_file() else {})}

@@ -53,11 +53,14 @@ def config_of(source, tokenizer: Tokenizer, tokenizer_file: pathlib.Path, vocab_
       strange = [i for i in ids if type(i) is not int or not 0 <= i < tokenizer.vocab_size or tokenizer.text_of(i) is None]
       if strange:
         raise UsageError(f'{key}={strange[0]!r} is no token of its tokenizer')
+    classes = ''
     if kind == 'encoder':
       model |= source.sentence_vector()
+      classes = '|'.join(source.classes()) if model['head'] in ('classify', 'tag') else ''
     values = {**{f'model.{k}': v for k, v in model.items()}, **objective_of(model, length), 'length': length, 'loss.chunks': 1,
               'data.tokenizer': str(tokenizer_file), 'data.stop': ' '.join(map(tokenizer.text_of, ends)),
-              'data.start': ''.join(map(tokenizer.text_of, starts)), 'data.never': ' '.join(map(tokenizer.text_of, never))}
+              'data.start': ''.join(map(tokenizer.text_of, starts)), 'data.never': ' '.join(map(tokenizer.text_of, never)),
+              'data.classes': classes}
     vast = [k for k, v in model.items() if type(v) is int and v > VAST]
     if vast:
       raise UsageError(f'config.json: model.{vast[0]}={model[vast[0]]:.1e} is more than any model has')
