@@ -11,12 +11,13 @@ from jaxlm.sampling import Sampling
 NEVER = -1e9
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _candidates(s: Sampling, vocab: int, keep: int, prompts: int, logits_BV, scores_PW, seen_BV):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _candidates(s: Sampling, vocab: int, never: tuple[int, ...], keep: int, prompts: int, logits_BV, scores_PW, seen_BV):
   """The `keep` best continuations of each prompt's beams: (score, beam · V + token), [P, keep]."""
   W, V = s.num_beams, logits_BV.shape[1]
-  logp_BV = jax.nn.log_softmax(jnp.where(jnp.arange(V)[None] < vocab, logits_BV, -jnp.inf), -1)
+  logp_BV = jax.nn.log_softmax(jnp.where(sampling.barred((), vocab, V), -jnp.inf, logits_BV), -1)
   logp_BV = sampling.penalized(s, logp_BV, seen_BV)[:prompts * W]
+  logp_BV = jnp.where(sampling.barred(never, vocab, V), -jnp.inf, logp_BV)  # after the softmax: what is not said has a share
   return jax.lax.top_k((logp_BV.reshape(prompts, W, V) + scores_PW[..., None]).reshape(prompts, W * V), keep)
 
 
@@ -38,10 +39,11 @@ def search(lm, prompts: list[list[int]], max_length: int, s: Sampling, stop_ids:
   with jax.set_mesh(lm.mesh):
     rows = decoding.make(lm, [ids for ids in prompts for _ in range(W)], max_length)
     seen_BV = rows.seen() if s.repetition_penalty != 1 else np.zeros((rows.size, 1), bool)
-    logits_BV = rows.start()
+    never, logits_BV = decoding.never_of(lm), rows.start()
     for length in range(1, max_length + 1):
       on_host = jax.sharding.reshard(logits_BV, jax.P(None, None))
-      top_PC, index_PC = jax.device_get(_candidates(s, lm.tokenizer.vocab_size, keep, P, on_host, scores_PW, seen_BV))
+      found = _candidates(s, lm.tokenizer.vocab_size, never, keep, P, on_host, scores_PW, seen_BV)
+      top_PC, index_PC = jax.device_get(found)
       origin_PC, token_PC = index_PC // rows.cfg.V, index_PC % rows.cfg.V
       order_B, next_B = np.arange(rows.size, dtype=np.int32), np.zeros(rows.size, np.int32)
       for p in range(P):

@@ -23,7 +23,6 @@ class Rows:
     self.cfg, self.params = lm.config.model, lm.decoding_params
     if self.cfg.kind not in caches.FORWARD:
       raise UsageError(f'model.kind={self.cfg.kind}: generates no text')
-    self._prompts = prompts
     self.size = -(-len(prompts) // lm.rows_multiple) * lm.rows_multiple
     self._source = lm.config.objective.source
     if self._source:
@@ -31,7 +30,7 @@ class Rows:
       cut = (lambda ids: ids[:-1]) if name == 'next' and not start else list
       self._inputs = _aligned([cut(ids)[-self._source:] for ids in prompts], self.size, self._source, right=False)
       prompts = [start or ids[-1:] for ids in prompts]
-    longest = max(map(len, prompts))
+    self._prompts, longest = prompts, max(map(len, prompts))
     positions = self.cfg.P - self.cfg.first_position
     if self.cfg.P and longest + new > positions:
       raise UsageError(f'prompt and --max_length come to {longest + new} tokens; the model has {positions} learned positions')
@@ -65,7 +64,7 @@ class Rows:
     self.cache = _reorder(self.cache, rows_B)
 
   def seen(self) -> np.ndarray:
-    """bool [B, V]: the row's prompt has the token."""
+    """bool [B, V]: the row has the token; beside an encoder, what the decoder begins with, and not what the encoder reads."""
     return _seen(self._prompts, self.size, self.cfg.V)
 
 
@@ -121,6 +120,12 @@ def start_of(lm) -> list[int]:
     return lm.tokenizer.ids_of([name])
   except UsageError as e:
     raise UsageError(f'data.start={name!r}: is no token of the tokenizer') from e
+
+
+def never_of(lm) -> tuple[int, ...]:
+  """Tokens that are never said, data.never."""
+  names = lm.config.data.never.split()
+  return tuple(lm.tokenizer.ids_of(names, 'data.never')) if names else ()
 
 
 def _aligned(rows: Sequence[Sequence[int]], size: int, length: int, right: bool) -> tuple[np.ndarray, np.ndarray]:

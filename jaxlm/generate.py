@@ -11,10 +11,10 @@ from jaxlm.errors import UsageError
 from jaxlm.sampling import Sampling
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
-def _choose(s: Sampling, vocab: int, logits_BV, seen_BV, seed_B, at):
-  """(tokens_B, seen_BV with them). Columns from `vocab` on are no tokens."""
-  logits_BV = jnp.where(jnp.arange(logits_BV.shape[1])[None] < vocab, logits_BV, -jnp.inf)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def _choose(s: Sampling, vocab: int, never: tuple[int, ...], logits_BV, seen_BV, seed_B, at):
+  """(tokens_B, seen_BV with them). Columns from `vocab` on are no tokens, and those of `never` are not said."""
+  logits_BV = jnp.where(sampling.barred(never, vocab, logits_BV.shape[1]), -jnp.inf, logits_BV)
   keys_B = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), at))(seed_B)
   tokens_B = sampling.choose(s, logits_BV, seen_BV, keys_B)
   if s.repetition_penalty != 1:
@@ -35,9 +35,9 @@ def sample(lm, prompts: Sequence[Sequence[int]], max_length: int, s: Sampling, s
     replicated = lambda a: jax.device_put(a, layout.spec('B') + (None,) * (a.ndim - 1))
     seed_B = replicated(np.arange(seed, seed + rows.size, dtype=np.uint32))
     seen_BV = replicated(rows.seen() if s.repetition_penalty != 1 else np.zeros((rows.size, 1), bool))
-    logits_BV = rows.start()
+    never, logits_BV = decoding.never_of(lm), rows.start()
     for at in range(max_length):
-      tokens_B, seen_BV = _choose(s, lm.tokenizer.vocab_size, logits_BV, seen_BV, seed_B, at)
+      tokens_B, seen_BV = _choose(s, lm.tokenizer.vocab_size, never, logits_BV, seen_BV, seed_B, at)
       if at + 1 < max_length:
         logits_BV = rows.extend(tokens_B)  # dispatched before the tokens are read
       host_B = jax.device_get(tokens_B)

@@ -3,6 +3,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.errors import UsageError
 
@@ -42,6 +43,12 @@ def penalized(s: Sampling, logits_BV, seen_BV):
     return logits_BV
   lower_BV = jnp.where(logits_BV > 0, logits_BV / s.repetition_penalty, logits_BV * s.repetition_penalty)
   return jnp.where(seen_BV, lower_BV, logits_BV)
+
+
+def barred(never: tuple[int, ...], vocab: int, V: int) -> np.ndarray:
+  """bool [1, V]: the columns from `vocab` on, which are no tokens, and those of tokens that are never said."""
+  columns_V = np.arange(V)
+  return ((columns_V >= vocab) | np.isin(columns_V, never))[None]
 
 
 def filtered(s: Sampling, logits_BV):

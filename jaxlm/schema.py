@@ -215,6 +215,7 @@ class DataConfig:
   heldout: float = 0.05     # share of documents, by hash of their name, never trained on
   tokenizer: str = 'bpe:4096'  # bpe:SIZE (trained on the documents) | bytes | a tokenizer.json | start (start.checkpoint's)
   stop: str = ''            # tokens that end a generated text besides the boundary, by name, with spaces between
+  never: str = ''           # tokens that are never generated, by name, with spaces between
   start: str = ''           # the token, by name, that a decoder beside an encoder begins with, which then reads all of the
                             # prompt; '': as it was trained (decoding.py)
   cache: str = ''           # a folder; '' is data/ in the workdir
@@ -223,13 +224,13 @@ class DataConfig:
   target: str = ''          # the field that holds its answer (objectives answer, classify, tag, span); '': texts have none
   context: str = ''         # form=span: the field that holds the text of which the answer is a part
   prefix: str = ''          # put before each text, or question (T5's task prefix)
-  classes: str = ''         # classify, tag: the answers that there are, with | between, as 'ham|spam'
+  classes: str = ''         # of heads classify and tag: the answers that there are, with | between, as 'ham|spam'
   template: str = ''        # form=chat: how a message is written, as '<|im_start|>{role}\n{content}<|im_end|>\n'; tokens of the
                             # vocabulary may be named in it; what follows {content} ends what the assistant says
   order: str = 'shuffled'   # shuffled | contiguous: row b of a step goes on where row b of the step before ended
 
 
-RUN_DATA = ('tokenizer', 'stop', 'start', 'cache', 'order')  # keys of data that tasks of a mixture share
+RUN_DATA = ('tokenizer', 'stop', 'start', 'never', 'cache', 'order')  # keys of data that tasks of a mixture share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +285,7 @@ class Config:
 # What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
 # from the same state and data, except `steps`, which people raise to train on.
 FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|mesh\..*|checkpoint\..*|start\..*|'
-                  r'data\.(cache|stop|start)|tasks\.[^.]+\.metrics|microbatches|loss\.chunks|'
+                  r'data\.(cache|stop|start|never)|tasks\.[^.]+\.metrics|microbatches|loss\.chunks|'
                   r'model\.(attention|remat|scan|pool|normalize))$')
 
 

@@ -142,12 +142,15 @@ def _objective(c: Config, need) -> None:
   need(template_is_good(c.data.template) if c.data.form == 'chat' else not c.data.template, 'data.template',
        'wants one {content}, {role} if need be, and something after {content} that ends it; but for data.form=chat, \'\'')
   classes = [name for name in c.data.classes.split('|') if name]
-  need(bool(classes) == (o.name in ('classify', 'tag')) and len(set(classes)) == len(classes), 'data.classes',
-       'wants the different answers of objective.name=classify or tag, with | between; of all others, \'\'')
+  named = m.head in ('classify', 'tag')
+  need((classes or o.name not in ('classify', 'tag')) and (named or not classes) and len(set(classes)) == len(classes),
+       'data.classes', 'wants the different answers of objective.name=classify or tag, with | between; without model.head=classify '
+       'or tag, \'\'')
   if o.name in HEADS:
     need(m.head == o.name and (m.pooler or o.name != 'classify'), 'model.head',
          f'{o.name} wants model.head={o.name}' + (' and model.pooler=True' if o.name == 'classify' else ''))
-    need(m.C == (len(classes) or 2), 'model.C', f'objective.name={o.name} chooses among {len(classes) or 2}')
+  if o.name == 'span' or classes:
+    need(m.C == (len(classes) or 2), 'model.C', f'data.classes are {len(classes)}' if classes else 'span wants 2')
   if o.name == 'span':
     need(c.length >= 8, 'length', 'a question and a text want 8 or more')
   if o.name == 'pairs':

@@ -12,7 +12,7 @@ import transformers
 from hypothesis import given, settings, strategies as st
 
 import jaxlm
-from jaxlm import objectives
+from jaxlm import decoding, generate, objectives
 from jaxlm.errors import UsageError
 from jaxlm.interop import convert, exporting, importing
 from jaxlm.interop.classics import CLASSICS
@@ -173,6 +173,49 @@ def test_what_was_imported_is_exported(name, tmp_path):
     assert again.generation_config.decoder_start_token_id == start and lm.config.data.start == lm.tokenizer.text_of(start)
 
 
+@pytest.mark.parametrize('name, labels, classes', [
+    ('bert, classes', ['no spam', 'Spam', 'eggs'], 'no spam|Spam|eggs'), ('roberta, tags', list('ABCDE'), 'A|B|C|D|E'),
+    ('bert, classes', ['a|b', 'c', 'd'], ''), ('bert, classes', ['LABEL_0', 'LABEL_1', 'LABEL_2'], '')])
+def test_the_names_of_classes_are_kept(name, labels, classes, tmp_path):
+  peer = classics.make(name, id2label=dict(enumerate(labels)), label2id={label: n for n, label in enumerate(labels)})
+  peer.save_pretrained(tmp_path / 'hf')
+  kind = peer.config.model_type
+  (tmp_path / 'hf' / 'tokenizer.json').write_text(TOKENIZERS[kind], encoding='utf-8')
+  importing.run(str(tmp_path / 'hf'), tmp_path / 'run', None, 1, [], lambda text: None)
+  lm = jaxlm.load(tmp_path / 'run')
+  assert lm.config.data.classes == classes
+  (tmp_path / 'out').mkdir()
+  exporting.write_model(lm, tmp_path / 'out', kind, 'float32')
+  names = labels if classes else [f'LABEL_{n}' for n in range(len(labels))]
+  config = transformers.AutoConfig.from_pretrained(tmp_path / 'out')
+  assert config.id2label == dict(enumerate(names)) and config.label2id == {label: n for n, label in enumerate(names)}
+  with pytest.raises(UsageError, match='^model.C='):
+    importing.run(str(tmp_path / 'hf'), tmp_path / 'no', None, 1, [('data.classes', 'x|y')], lambda text: None)
+
+
+def test_what_a_marian_never_says_is_kept(tmp_path):
+  """Its padding, with which its decoder begins: nor is it said here, and the folder says so again."""
+  peer = classics.make('marian')
+  pad = WORDS.index('<pad>')
+  peer.generation_config.update(decoder_start_token_id=pad, bad_words_ids=[[pad]], eos_token_id=WORDS.index('</s>'))
+  peer.save_pretrained(tmp_path / 'hf')
+  (tmp_path / 'hf' / 'tokenizer.json').write_text(TOKENIZERS['roberta'], encoding='utf-8')
+  for never in ('', '<pad>'):
+    overrides = [] if never else [('data.never', '')]
+    importing.run(str(tmp_path / 'hf'), tmp_path / f'run{never}', None, 1, overrides, lambda text: None)
+    lm = jaxlm.load(tmp_path / f'run{never}')
+    assert (lm.config.data.start, lm.config.data.never) == ('<pad>', never)
+    logits = np.zeros((1, lm.config.model.V), np.float32)
+    logits[0, [pad, 9]] = 2, 1
+    token, _ = generate._choose(generate.Sampling(0.), lm.tokenizer.vocab_size, decoding.never_of(lm), logits,
+                                np.zeros((1, 1), bool), np.zeros(1, np.uint32), 0)
+    assert token == (9 if never else pad)
+  exporting.run(lm, tmp_path / 'out', None, 'float32')
+  again = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / 'out').generation_config
+  assert again.bad_words_ids == [[pad]] and again.decoder_start_token_id == pad
+  assert 'bad_words_ids' not in json.loads((tmp_path / 'out' / 'config.json').read_text())
+
+
 @pytest.mark.parametrize('family, model_type', [('bert', 'bert'), ('t5', 't5'), ('transformer', 'marian')])
 def test_models_that_are_made_here_are_exported(family, model_type, tmp_path):
   """The Transformer of 2017 is a Marian without a bias of its logits."""
@@ -273,6 +316,10 @@ REFUSED = {  # case → (model, file, what of it, one line)
                          {'share_encoder_decoder_embeddings': False}, 'share_encoder_decoder_embeddings=False'),
     'a start that is no token': ('t5', 'generation_config.json',
                                 {'decoder_start_token_id': 9999}, 'decoder_start_token_id=9999 is no token'),
+    'words that are never said': ('t5', 'generation_config.json', {'bad_words_ids': [[1, 2]]},
+                                  r'bad_words_ids has \[1, 2\]: known are lists of one token'),
+    'a word that is no list': ('t5', 'generation_config.json', {'bad_words_ids': 7}, 'bad_words_ids has 7: known'),
+    'a word that is no token': ('t5', 'generation_config.json', {'bad_words_ids': [[9999]]}, 'bad_words_ids=9999 is no token'),
     'two ways to pool': ('bert, bare', '1_Pooling/config.json', {'pooling_mode_cls_token': True},
                          'pooling_mode_mean_tokens and pooling_mode_cls_token: known is one of'),
     'another way to pool': ('bert, bare', '1_Pooling/config.json',

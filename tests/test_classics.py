@@ -179,6 +179,30 @@ def test_greedy_and_beams_equal_transformers(name, checkpoint, table):
   table(name, greedy='equal', **{'3 beams': 'equal'})
 
 
+@pytest.mark.parametrize('name', ['t5', 'marian, unscaled'])
+def test_penalties_and_what_is_never_said_equal_transformers(name, checkpoint):
+  """The penalty is for what the decoder said and began with, and not for what the encoder read."""
+  peer, _, c, params = checkpoint(name)
+  rng = np.random.default_rng(1)
+  prompts = [rng.integers(3, c.model.V - 1, n).tolist() for n in (3, 11, 6)]
+  start, end = peer.config.decoder_start_token_id, peer.config.eos_token_id
+  plain = peer_says(peer, prompts, num_beams=1)
+  prompts = [ids + row for ids, row in zip(prompts, plain)]  # what it wants to say is in what it reads
+  plain = peer_says(peer, prompts, num_beams=1)
+  never = [plain[0][0], plain[1][-1], start]
+  lm = lm_of(c, params, start, end)
+  lm.tokenizer.ids_of = lambda names, key='': never if names == ['never'] else [start]
+  barred = types.SimpleNamespace(**{**vars(lm), 'config': dataclasses.replace(c, data=dataclasses.replace(
+      lm.config.data, never='never'))})
+  for model, s, how in ((lm, {'repetition_penalty': 2.}, {'repetition_penalty': 2.}),
+                        (barred, {}, {'bad_words_ids': [[i] for i in never]})):
+    expected = peer_says(peer, prompts, num_beams=1, **how)
+    assert expected != plain
+    assert generate.sample(model, prompts, NEW, Sampling(0., **s), 0, lambda b, row: row[-1] == end) == expected
+    expected = peer_says(peer, prompts, num_beams=3, **how)
+    assert beams.search(model, prompts, NEW, Sampling(0., num_beams=3, **s), {end}) == expected
+
+
 # ---- heads
 
 @pytest.mark.parametrize('name', classics.HEADS)

@@ -85,12 +85,12 @@ class Tokenizer:
       return np.array([not t.startswith('##') for t in texts])
     return np.array([t[0] in 'ĠĊĉ▁' or not t[0].isalnum() for t in texts])
 
-  def ids_of(self, tokens: Iterable[str]) -> list[int]:
-    """Ids of tokens by their text. UsageError for one that is not in the vocabulary."""
+  def ids_of(self, tokens: Iterable[str], key: str = 'data.stop') -> list[int]:
+    """Ids of tokens by their text. UsageError for one that is not in the vocabulary; key: of the config, which names it."""
     ids = {t: self._tokenizer.token_to_id(t) for t in tokens}
     missing = [t for t, i in ids.items() if i is None]
     if missing:
-      raise UsageError(f'data.stop names {missing[0]!r}, which is no token of the tokenizer')
+      raise UsageError(f'{key} names {missing[0]!r}, which is no token of the tokenizer')
     return list(ids.values())
 
   def text_of(self, index: int) -> str:

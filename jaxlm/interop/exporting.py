@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from jaxlm.decoding import start_of
+from jaxlm.decoding import never_of, start_of
 from jaxlm.errors import UsageError
 from jaxlm.interop import convert
 from jaxlm.interop.huggingface import POOLING, Folder, read_json
@@ -81,6 +81,10 @@ def write_model(lm, folder: pathlib.Path, family: str, dtype: str) -> None:
   if m.kind == 'seq2seq' and start_of(lm):
     said |= {'decoder_start_token_id': start_of(lm)[0], 'pad_token_id': config['pad_token_id']}
   config |= said
+  if names := [name for name in lm.config.data.classes.split('|') if name]:
+    config |= {'id2label': {str(n): name for n, name in enumerate(names)}, 'label2id': {name: n for n, name in enumerate(names)}}
+  if never_of(lm):
+    said['bad_words_ids'] = [[i] for i in never_of(lm)]
   write_tensors(folder, convert.write(family, m, functools.partial(get, lm.params)), dtype)
   write_json(folder / 'config.json', config)
   write_json(folder / 'generation_config.json', said)

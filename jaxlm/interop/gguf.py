@@ -145,6 +145,10 @@ class GgufFile:
       tokenizer.post_processor = processors.TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, vocab[bos])])
     return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False)
 
+  def never(self) -> list:
+    """Tokens that are never generated: the format has no word for them."""
+    return []
+
   def ends(self) -> list:
     """Tokens that end a text."""
     eos = self._fields.get('tokenizer.ggml.eos_token_id')

@@ -121,6 +121,22 @@ class Folder:
     """The token that a decoder beside an encoder begins with, or none."""
     return self._said('decoder_start_token_id')[:1]
 
+  def never(self) -> list:
+    """Tokens that are never generated, as Marian never says its padding. UsageError for words of several."""
+    words = self._said('bad_words_ids')
+    long = [word for word in words if not isinstance(word, list) or len(word) != 1]
+    if long:
+      raise UsageError(f'bad_words_ids has {long[0]!r}: known are lists of one token; take it out of generation_config.json')
+    return [word[0] for word in words]
+
+  def classes(self) -> list[str]:
+    """The names of a classifier's classes; [] if it gives none, or such that data.classes cannot hold."""
+    names = self.config.get('id2label') or {}
+    names = [names.get(str(n)) for n in range(len(names))] if isinstance(names, dict) else []
+    usual = [f'LABEL_{n}' for n in range(len(names))]
+    fits = all(isinstance(name, str) and name and '|' not in name for name in names) and len(set(names)) == len(names)
+    return names if fits and names != usual else []
+
   def _said(self, key: str) -> list:
     file = self.path / 'generation_config.json'
     said = {**self.config, **(read_json(file) if file.is_file() else {})}

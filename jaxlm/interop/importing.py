@@ -48,16 +48,19 @@ def config_of(source, tokenizer: Tokenizer, tokenizer_file: pathlib.Path, vocab_
     kind = model.get('kind', 'decoder')
     length = min(reach, LENGTH, source.sentence_length() or LENGTH if kind == 'encoder' else LENGTH)
     ends, starts = source.ends(), source.starts() if kind == 'seq2seq' else []
-    strange = [i for i in ends + starts
-               if type(i) is not int or not 0 <= i < tokenizer.vocab_size or tokenizer.text_of(i) is None]
-    if strange:
-      raise UsageError(
-          f'{"eos" if strange[0] in ends else "decoder_start"}_token_id={strange[0]!r} is no token of its tokenizer')
+    never = source.never()
+    for key, ids in (('eos_token_id', ends), ('decoder_start_token_id', starts), ('bad_words_ids', never)):
+      strange = [i for i in ids if type(i) is not int or not 0 <= i < tokenizer.vocab_size or tokenizer.text_of(i) is None]
+      if strange:
+        raise UsageError(f'{key}={strange[0]!r} is no token of its tokenizer')
+    classes = ''
     if kind == 'encoder':
       model |= source.sentence_vector()
+      classes = '|'.join(source.classes()) if model['head'] in ('classify', 'tag') else ''
     values = {**{f'model.{k}': v for k, v in model.items()}, **objective_of(model, length), 'length': length, 'loss.chunks': 1,
               'data.tokenizer': str(tokenizer_file), 'data.stop': ' '.join(map(tokenizer.text_of, ends)),
-              'data.start': ''.join(map(tokenizer.text_of, starts))}
+              'data.start': ''.join(map(tokenizer.text_of, starts)), 'data.never': ' '.join(map(tokenizer.text_of, never)),
+              'data.classes': classes}
     vast = [k for k, v in model.items() if type(v) is int and v > VAST]
     if vast:
       raise UsageError(f'config.json: model.{vast[0]}={model[vast[0]]:.1e} is more than any model has')
