@@ -24,7 +24,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/jaxlm generate --workdir=runs/quickstart --prompt='def read_config(path):' --max_length=80
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # Writes docs/parity.md and docs/parity_classics.md: every family against transformers.
 parity: $(VENV)/installed-test

@@ -19,6 +19,14 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 os.chdir(ROOT)
 
 
+# The files that take longest, which begin first, so that at the end no process is left alone with one of them.
+LONG = ('test_readme', 'test_families', 'test_answers', 'test_kinds', 'test_end_to_end', 'test_mixture', 'test_classics', 'test_meshes')
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture
 def one_device():
   """A 1×1×1 mesh, entered."""
