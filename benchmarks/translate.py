@@ -1,7 +1,7 @@
 """`make translate`: a small Transformer and a GRU with attention learn German to English on the same pairs, and answer the
 held-out ones: sacreBLEU and chrF, greedy and with 4 beams. Writes docs/translation.md.
 
-    python benchmarks/translate.py [--workdir=runs/translate] [--steps=2000]
+    python benchmarks/translate.py [--workdir=runs/translate] [--steps=1200]
 """
 import argparse
 import json
@@ -13,7 +13,7 @@ from running import ROOT, jaxlm
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs' / 'translate')
-  parser.add_argument('--steps', type=int, default=2000)
+  parser.add_argument('--steps', type=int, default=1200)
   parser.add_argument('--limit', type=int, default=400)
   parser.add_argument('--out', type=pathlib.Path, default=ROOT / 'docs' / 'translation.md')
   flags = parser.parse_args()
@@ -25,17 +25,19 @@ def main() -> None:
     jaxlm('train', f'--config=configs/finetune/translation.py:{model}', f'--workdir={workdir / model}',
           f'--config.data.source=jsonl:{workdir}/german.jsonl', f'--config.data.cache={workdir / "tokens"}',
           f'--config.steps={flags.steps}')
+    lines = [json.loads(line) for line in (workdir / model / 'metrics.jsonl').read_text().splitlines()]
+    seen = max(line.get('tokens', 0) for line in lines)
     for beams in (1, 4):
       found, answers = workdir / f'{model}-{beams}.json', workdir / f'{model}-{beams}.jsonl'
       jaxlm('eval', f'--workdir={workdir / model}', '--metrics=bleu,chrf,exact', f'--num_beams={beams}', f'--limit={flags.limit}',
             '--batch=32', f'--json={found}', f'--answers={answers}')
       result = json.loads(found.read_text())
       rows.append(f'| {model} | {beams} | {result["bleu"]:.1f} | {result["chrf"]:.1f} | {result["exact"]:.3f} '
-                  f'| {result["nll_per_token"]:.3f} |')
+                  f'| {result["nll_per_token"]:.3f} | {seen / 1e6:.1f}M |')
     samples.append([json.loads(line) for line in answers.read_text(encoding='utf-8').splitlines()][:200:25])
   text = ['# German to English', '', f'Made by `make translate`: {flags.steps} steps each on the pairs of `jaxlm data fetch '
           f'german`, scored on {result["questions"]} held-out ones ({result["bleu_signature"]}).', '',
-          '| model | beams | BLEU | chrF | exact | nats a token |', '|---|---|---|---|---|---|', *rows, '',
+          '| model | beams | BLEU | chrF | exact | nats a token | tokens trained on |', '|---|---|---|---|---|---|---|', *rows, '',
           '| German | GRU | Transformer | right |', '|---|---|---|---|',
           *(f'| {g["question"]} | {g["said"]} | {t["said"]} | {g["right"]} |'.replace('\n', ' ') for g, t in zip(*samples))]
   flags.out.write_text('\n'.join(text) + '\n', encoding='utf-8')
