@@ -9,6 +9,9 @@ import pathlib
 
 from running import ROOT, jaxlm
 
+from jaxlm import config as configs
+from jaxlm.data import packing, pipeline
+
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,19 +28,19 @@ def main() -> None:
     jaxlm('train', f'--config=configs/finetune/translation.py:{model}', f'--workdir={workdir / model}',
           f'--config.data.source=jsonl:{workdir}/german.jsonl', f'--config.data.cache={workdir / "tokens"}',
           f'--config.steps={flags.steps}')
-    lines = [json.loads(line) for line in (workdir / model / 'metrics.jsonl').read_text().splitlines()]
-    seen = max(line.get('tokens', 0) for line in lines)
+    config = configs.load(str(workdir / model / 'config.json'))
+    epochs = flags.steps * config.batch / pipeline.make(config, packing.open_cache(config.data, workdir / 'tokens')).windows
     for beams in (1, 4):
       found, answers = workdir / f'{model}-{beams}.json', workdir / f'{model}-{beams}.jsonl'
       jaxlm('eval', f'--workdir={workdir / model}', '--metrics=bleu,chrf,exact', f'--num_beams={beams}', f'--limit={flags.limit}',
             '--batch=32', f'--json={found}', f'--answers={answers}')
       result = json.loads(found.read_text())
       rows.append(f'| {model} | {beams} | {result["bleu"]:.1f} | {result["chrf"]:.1f} | {result["exact"]:.3f} '
-                  f'| {result["nll_per_token"]:.3f} | {seen / 1e6:.1f}M |')
+                  f'| {result["nll_per_token"]:.3f} | {epochs:.1f} |')
     samples.append([json.loads(line) for line in answers.read_text(encoding='utf-8').splitlines()][:200:25])
   text = ['# German to English', '', f'Made by `make translate`: {flags.steps} steps each on the pairs of `jaxlm data fetch '
           f'german`, scored on {result["questions"]} held-out ones ({result["bleu_signature"]}).', '',
-          '| model | beams | BLEU | chrF | exact | nats a token | tokens trained on |', '|---|---|---|---|---|---|---|', *rows, '',
+          '| model | beams | BLEU | chrF | exact | nats a token | epochs |', '|---|---|---|---|---|---|---|', *rows, '',
           '| German | GRU | Transformer | right |', '|---|---|---|---|',
           *(f'| {g["question"]} | {g["said"]} | {t["said"]} | {g["right"]} |'.replace('\n', ' ') for g, t in zip(*samples))]
   flags.out.write_text('\n'.join(text) + '\n', encoding='utf-8')
