@@ -140,7 +140,7 @@ def main() -> None:
   text = ['# Every model on one ruler\n\nMade by `make ladder`: models of about 1.7M parameters (configs/ladder.py), '
           f'{flags.steps} steps of 4,096 tokens each; n-grams count all of the text. BERT\'s number is a '
           'pseudo-perplexity: each token given all others of its window. It is no probability of the text, and does not compare with '
-          'the others.\n\n![ladder](ladder.png)\n']
+          'the others; in so few steps it has learned little more than which tokens are frequent.\n\n![ladder](ladder.png)\n']
   for corpus, results in everything.items():
     text += table(corpus, results, speed)
   (flags.out / 'ladder.md').write_text('\n'.join(text), encoding='utf-8')

@@ -31,7 +31,7 @@ MODELS = {
                         objective=BESIDE, loss=dict(smoothing=0.), optimizer=dict(schedule='inverse_sqrt', warmup=100)),
     't5': dict(model=dict(kind='seq2seq', D=128, H=4, G=4, K=32, F=320, N=3, encoder_N=2, position='relative', mlp='geglu'),
                objective=BESIDE),
-    # Norms before the layers: after 300 steps of Shakespeare 4.20 nats for 5.88 with BERT's own, after them.
+    # Norms before the layers; after them, as BERT has it, 2.483 bits a byte of stdlib for 2.477, 2.915 of Shakespeare for 2.917.
     'bert': dict(model=dict(kind='encoder', D=128, H=4, G=4, K=32, F=512, N=6, V=4104, P=256, norm='layer', norm_place='pre',
                             embed_norm=True, position='learned', mlp='gelu_exact', bias='all', head='mlm', output_bias=True),
                  objective=dict(name='mask', share=0.25)),
