@@ -204,9 +204,9 @@ def test_held_out_loss_in_training_is_the_mean_over_its_windows(texts, tmp_path)
   found = {m['step']: m['heldout_loss'] for m in metrics(tmp_path) if 'heldout_loss' in m}
   assert set(found) == {6, 12}
   model = lms.load(tmp_path, mesh=MeshConfig(1, 8, 1))
-  from jaxlm.data import examples, packing
+  from jaxlm.data import examples, packing, windows
   cache = packing.open_cache(c.data, tmp_path / 'data')
-  batch = examples.causal(examples.Task(c, cache.tokenizer), cache.streams['heldout'], np.arange(10), np.arange(10))
+  batch = windows.causal(examples.Task(c, cache.tokenizer), cache.streams['heldout'], np.arange(10), np.arange(10))
   with jax.set_mesh(model.mesh):
     args = common.put({k: np.pad(batch[k], ((0, 6), (0, 0))) for k in ('tokens', 'positions', 'segments')})
     logits = np.asarray(kinds.logits(c.model, model.params, args))[:10]

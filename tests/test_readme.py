@@ -35,7 +35,7 @@ def test_block(tree, number):
     if f'--workdir=runs/{run} ' in text and 'configs/quickstart.py' in text and (tree / 'runs/quickstart/data').exists():
       shutil.copytree(tree / 'runs/quickstart/data', tree / 'runs' / run / 'data', dirs_exist_ok=True)
   env = {**os.environ, 'FLAGS': '--config.steps=6 --config.model.N=1', 'EVAL_FLAGS': '--data=text:README.md',
-         'PYTEST_ADDOPTS': '--collect-only', 'PYTHONPATH': str(tree), 'XLA_FLAGS': ''}
+         'PYTEST_ADDOPTS': '--collect-only', 'PYTHONPATH': str(tree)}
   words = ['bash', '-euo', 'pipefail', '-c', text] if language == 'sh' else [sys.executable, '-c', text]
   out = subprocess.run(words, cwd=tree, env=env, capture_output=True, text=True, check=False)
   assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
