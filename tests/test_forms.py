@@ -58,6 +58,13 @@ def test_the_first_token_of_each_word_is_marked(tokenizer):
   assert fields(TAGS, {'words': ' '.join(words), 'tags': ' '.join(tags)}) == (tuple(words), tuple(tags))
 
 
+def test_fields_as_tfds_has_them_are_texts():
+  data = DataConfig(source='jsonl:x', target='label')
+  assert fields(data, {'text': b'caf\xc3\xa9', 'label': np.int64(1)}) == ('café', '1')
+  assert fields(TAGS, {'words': np.array([b'a', b'b'], object), 'tags': np.array([3, 1])}) == (('a', 'b'), ('3', '1'))
+  assert fields(data, {'text': '', 'label': 0}) is None
+
+
 def test_a_word_without_tokens_of_its_own_is_left_out():
   ids, first = forms.first_tokens(wordpiece(), ['the', '\x00', 'cat'])
   assert len(ids) == 2 and first == [0, None, 1]

@@ -1,5 +1,6 @@
 """Texts into classes by an encoder: configs/finetune/classification.py[:CLASSES], CLASSES with | between, by default spam and ham.
-Data: `jaxlm data fetch spam --out=runs/data`, 6,000 mails; with a network, tfds:imdb_reviews/train.
+Data: `jaxlm data fetch spam --out=runs/data`, 6,000 mails; with a network, with the CLASSES 0|1, tfds:imdb_reviews/train, or
+tfds:glue/sst2/train with data.key=sentence; of both, the field is label.
 
 From scratch, a small BERT: 4,096·D + 4·(4·D² + 2·D·F) + positions and pooler = 1.4M parameters with D=128, F=512. To start from an encoder that
 has read: --config.start.checkpoint=WORKDIR --config.data.tokenizer=start, and the sizes of its config.json.
