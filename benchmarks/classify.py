@@ -8,7 +8,7 @@ import json
 import pathlib
 
 import numpy as np
-from running import ROOT, jaxlm
+from running import ROOT, fetched, jaxlm
 
 from jaxlm import config as configs
 from jaxlm.data import sources
@@ -33,10 +33,8 @@ def main() -> None:
   parser.add_argument('--out', type=pathlib.Path, default=ROOT / 'docs' / 'classification.md')
   flags = parser.parse_args()
   workdir = flags.workdir.absolute()
-  if not (workdir / 'spam.jsonl').exists():
-    jaxlm('data', 'fetch', 'spam', f'--out={workdir}')
   jaxlm('train', '--config=configs/finetune/classification.py', f'--workdir={workdir / "encoder"}',
-        f'--config.data.source=jsonl:{workdir}/spam.jsonl', f'--config.steps={flags.steps}')
+        f'--config.data.source={fetched("spam", workdir)}', f'--config.steps={flags.steps}')
   jaxlm('eval', f'--workdir={workdir / "encoder"}', '--metrics=exact,f1', f'--json={workdir / "eval.json"}',
         f'--answers={workdir / "answers.jsonl"}')
   answers = (workdir / 'answers.jsonl').read_text(encoding='utf-8').splitlines()

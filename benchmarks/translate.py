@@ -7,7 +7,7 @@ import argparse
 import json
 import pathlib
 
-from running import ROOT, jaxlm
+from running import ROOT, fetched, jaxlm
 
 from jaxlm import config as configs
 from jaxlm.data import packing, pipeline
@@ -21,12 +21,10 @@ def main() -> None:
   parser.add_argument('--out', type=pathlib.Path, default=ROOT / 'docs' / 'translation.md')
   flags = parser.parse_args()
   workdir = flags.workdir.absolute()
-  if not (workdir / 'german.jsonl').exists():
-    jaxlm('data', 'fetch', 'german', f'--out={workdir}')
   rows, samples = [], []
   for model in ('gru', 'transformer'):
     jaxlm('train', f'--config=configs/finetune/translation.py:{model}', f'--workdir={workdir / model}',
-          f'--config.data.source=jsonl:{workdir}/german.jsonl', f'--config.data.cache={workdir / "tokens"}',
+          f'--config.data.source={fetched("german", workdir)}', f'--config.data.cache={workdir / "tokens"}',
           f'--config.steps={flags.steps}')
     config = configs.load(str(workdir / model / 'config.json'))
     epochs = flags.steps * config.batch / pipeline.make(config, packing.open_cache(config.data, workdir / 'tokens')).windows

@@ -185,7 +185,8 @@ def summary(config: Config) -> str:
     if value == expected(key):
       continue
     section, _, leaf = key.rpartition('.')
-    rows.setdefault(section or 'run', []).append(f'{leaf}={value}')
+    shown = value.replace('\n', '\\n') if isinstance(value, str) else value
+    rows.setdefault(section or 'run', []).append(f'{leaf}={shown}')
   return '\n'.join(f'  {section:<10} {" ".join(parts)}' for section, parts in rows.items())
 
 

@@ -226,7 +226,7 @@ class DataConfig:
   prefix: str = ''          # put before each text, or question (T5's task prefix)
   classes: str = ''         # of heads classify and tag: the answers that there are, with | between, as 'ham|spam'
   template: str = ''        # form=chat: how a message is written, as '<|im_start|>{role}\n{content}<|im_end|>\n'; tokens of the
-                            # vocabulary may be named in it; what follows {content} ends what the assistant says
+                            # vocabulary may be named in it; the first of what follows {content} ends what is said
   order: str = 'shuffled'   # shuffled | contiguous: row b of a step goes on where row b of the step before ended
 
 

@@ -112,7 +112,8 @@ def _tasks(c: Config, need) -> None:
 
 HEADS = ('classify', 'tag', 'span')  # objectives that want the head of their name
 # Which objectives a kind of model can have.
-OBJECTIVES = {'decoder': ('causal', 'answer'), 'rnn': ('causal',), 'ngram': ('causal',), 'encoder': ('mask', 'pairs', 'classify', 'tag', 'span'),
+OBJECTIVES = {'decoder': ('causal', 'answer'), 'rnn': ('causal',), 'ngram': ('causal',),
+              'encoder': ('mask', 'pairs', 'classify', 'tag', 'span'),
               'seq2seq': ('next', 'prefix', 'spans', 'answer'), 'rnn_seq2seq': ('next', 'prefix', 'answer')}
 
 

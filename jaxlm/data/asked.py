@@ -30,7 +30,7 @@ def _fit(task: Task, question: int, answer: int) -> tuple[int, int]:
 def rows_of_answers(task: Task, stream: Stream) -> list[list[int]]:
   """The documents of each row: in an order that the seed chooses, as many as fit (a recurrent model takes one)."""
   if id(stream) not in task.packed:
-    if stream.marks:  # a chat: of one piece, cut at its end
+    if task.config.data.form == 'chat':  # of one piece, cut at its end
       questions, answers = np.zeros(len(stream.starts) - 1), np.diff(stream.starts) - 3
     else:
       questions, answers = stream.answers - stream.starts[:-1] - 2, stream.starts[1:] - stream.answers - 1
@@ -52,7 +52,7 @@ def answer(task: Task, stream: Stream, windows_B, numbers_B) -> dict[str, np.nda
   """Questions and their answers; only the answer counts. An encoder reads the question and a boundary, the decoder starts
   from one; a decoder alone reads [boundary, question, boundary, answer]."""
   del numbers_B
-  if stream.marks:
+  if task.config.data.form == 'chat':
     return _chat(task, stream, windows_B)
   rows, out, boundary = rows_of_answers(task, stream), blank(task, len(windows_B)), task.tokenizer.boundary
   for b, window in enumerate(windows_B):
