@@ -23,12 +23,14 @@ quickstart: $(INSTALLED)
 	$(BIN)/jaxlm eval --workdir=runs/quickstart --baselines --json=runs/quickstart/eval.json $(EVAL_FLAGS)
 	$(BIN)/jaxlm generate --workdir=runs/quickstart --prompt='def read_config(path):' --max_length=80
 
+# TESTS: files to run, all if unset.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(TESTS)
 
-# Writes docs/parity.md and docs/parity_classics.md: every family against transformers.
+# Writes docs/parity.md and docs/parity_classics.md, every family against transformers; docs/meshes.md, every mesh against one
+# device.
 parity: $(VENV)/installed-test
-	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py tests/test_classics.py -k 'not table'
+	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py tests/test_classics.py tests/test_meshes.py -k 'not table'
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/gpt2_step.py

@@ -4,7 +4,11 @@ A weight's and an activation's PartitionSpec follow from the letters of its dime
 edit of these tables. Meshes are Explicit: the sharding is part of an array's type, and a wrong combination is an
 error with a line number when the step is traced.
 """
+import dataclasses
+import math
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import P
 from jax.sharding import AxisType, Mesh
@@ -13,20 +17,59 @@ from jaxlm.schema import Config, MeshConfig
 from jaxlm.validate import check_mesh
 from jaxlm.errors import UsageError
 
-AXES = ('data', 'fsdp', 'tensor')
-WEIGHT = {'D': 'fsdp', 'H': 'tensor', 'G': 'tensor', 'F': 'tensor', 'V': 'tensor'}
-ACT = {'B': ('data', 'fsdp'), 'H': 'tensor', 'G': 'tensor', 'F': 'tensor', 'V': 'tensor'}
-GATHERED = {letter: axis for letter, axis in WEIGHT.items() if axis != 'fsdp'}  # a weight while it is in use
-TABLES = {'weight': WEIGHT, 'act': ACT, 'gathered': GATHERED}
+# From the axis whose devices may lie farthest apart to that whose devices must be neighbours.
+AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')
+_WIDE = {'H': 'tensor', 'G': 'tensor', 'F': 'tensor', 'V': ('tensor', 'stage'), 'E': 'expert'}
+WEIGHT = {'D': ('fsdp', 'stage', 'expert'), **_WIDE}
+GATHERED = _WIDE  # a weight while it is in use
+ACT = {'B': ('data', 'fsdp', 'expert'), 'L': 'context', 'M': 'context', **_WIDE}
+RESIDUAL = {**ACT, 'L': ('context', 'tensor')}  # between the blocks of a layer
+YIELD = 'DB'  # letters that leave an axis to another letter of the same array: 'EDF' is cut over expert by E, not by D
+TABLES = {'weight': WEIGHT, 'act': ACT, 'gathered': GATHERED, 'residual': RESIDUAL}
 
 
 def spec(dims: str, kind: str = 'act') -> P:
-  """'BLD' → P(('data', 'fsdp'), None, None). ValueError if an axis would cut two dimensions."""
-  axes = [TABLES[kind].get(d) for d in dims]
-  used = [a for axis in axes for a in (axis if isinstance(axis, tuple) else (axis,)) if a is not None]
-  if len(set(used)) != len(used):
-    raise ValueError(f'{kind} {dims!r} would use a mesh axis twice: {axes}')
-  return P(*axes)
+  """'BLD' → P(('data', 'fsdp', 'expert'), 'context', None). ValueError if an axis would cut two dimensions."""
+  taken = {a for d in dims if d not in YIELD for a in axes(d, kind)}
+  cut = [tuple(a for a in axes(d, kind) if d not in YIELD or a not in taken) for d in dims]
+  if len(set(sum(cut, ()))) != len(sum(cut, ())):
+    raise ValueError(f'{kind} {dims!r} would use a mesh axis twice: {cut}')
+  return P(*(c if len(c) > 1 else c[0] if c else None for c in cut))
+
+
+def axes(letter: str, kind: str = 'act') -> tuple[str, ...]:
+  """Of the mesh, that cut a letter. 'context' is none of them on a mesh that has one of it: recurrent layers go along L, and
+  what is cut, be it into one piece, cannot be gone along."""
+  found = TABLES[kind].get(letter, ())
+  found = (found,) if isinstance(found, str) else found
+  mesh = jax.sharding.get_abstract_mesh()
+  return found if mesh.empty or mesh.shape['context'] > 1 else tuple(a for a in found if a != 'context')
+
+
+def shards(letter: str, kind: str = 'act', sizes=None) -> int:
+  """Into how many pieces the current mesh (or one of these sizes) cuts a letter."""
+  sizes = jax.sharding.get_abstract_mesh().shape if sizes is None else sizes
+  return math.prod(sizes[a] for a in axes(letter, kind))
+
+
+def stages() -> int:
+  """Of the pipeline that the current mesh has; 1 is none."""
+  return jax.sharding.get_abstract_mesh().shape['stage']
+
+
+def deal(count: int, tree):
+  """[B, …] → [count, B/count, …]. Rows are dealt out in turn, so that each piece lies on all devices evenly."""
+  def one(a):
+    rows = jnp.moveaxis(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 1, 0)
+    return jax.sharding.reshard(rows, P(None, *jax.typeof(a).sharding.spec))
+  return jax.tree.map(one, tree)
+
+
+def collect(pieces):
+  """The inverse of `deal`."""
+  def one(a):
+    return jax.sharding.reshard(jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), P(*jax.typeof(a).sharding.spec[1:]))
+  return jax.tree.map(one, pieces)
 
 
 def platform() -> str:
@@ -37,7 +80,7 @@ def platform() -> str:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """An Explicit mesh (data, fsdp, tensor) over `devices` (all of the job's if None); −1 is filled.
+  """An Explicit mesh of AXES over `devices` (all of the job's if None); −1 is filled.
 
   UsageError if the axes do not use exactly these devices: a run never silently leaves some idle.
   """
@@ -49,6 +92,13 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     raise UsageError(f'mesh {text} does not fit {len(devices)} devices; set one axis to -1 to fill')
   shape = tuple(len(devices) // known if s == -1 else s for s in sizes.values())
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def serving(config: MeshConfig) -> MeshConfig:
+  """A run's mesh for generation and scoring, whose rows are short and whose layers go one after another: the devices of
+  mesh.context and mesh.stage become fsdp's."""
+  fsdp = -1 if config.fsdp == -1 else config.fsdp * abs(config.context * config.stage)
+  return dataclasses.replace(config, fsdp=-1 if min(config.context, config.stage) == -1 else fsdp, context=1, stage=1)
 
 
 def run_mesh(config: Config, devices=None) -> Mesh:

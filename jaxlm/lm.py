@@ -136,7 +136,7 @@ class LM:
   @property
   def rows_multiple(self) -> int:
     """Batches on this mesh have a multiple of so many rows."""
-    return self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    return layout.shards('B', sizes=self.mesh.shape)
 
 
 def _one_document(tokens_BL) -> dict:
@@ -146,7 +146,8 @@ def _one_document(tokens_BL) -> dict:
 
 
 def load(workdir, step: int | None = None, mesh: MeshConfig | None = None, merge: bool = True) -> LM:
-  """The newest good checkpoint of a workdir (or `step`) on all devices, laid out by `mesh` (the run's own if None).
+  """The newest good checkpoint of a workdir (or `step`) on all devices, laid out by `mesh` (the run's own if None, see
+  layout.serving).
   merge: pairs of low rank are added into the weights; else they stay params['lora'].
 
   Raises UsageError (no such checkpoint; a mesh that does not fit), CheckpointError (none can be read).
@@ -159,7 +160,7 @@ def load(workdir, step: int | None = None, mesh: MeshConfig | None = None, merge
         raise UsageError(f'--mesh={mesh.data},{mesh.fsdp},{mesh.tensor}: an n-gram is on the host; leave it out')
       made['mesh'] = layout.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])  # for sampling alone
       return None, made['mesh']
-    config = dataclasses.replace(config, mesh=mesh or config.mesh, batch=2 ** 20)  # rows are padded to the mesh here
+    config = dataclasses.replace(config, mesh=mesh or layout.serving(config.mesh), batch=2 ** 20)  # rows are padded to the mesh here
     made['mesh'] = layout.run_mesh(config)
     with jax.sharding.use_abstract_mesh(made['mesh'].abstract_mesh):
       return kinds.abstract_params(config.model), made['mesh']

@@ -92,6 +92,13 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+  """How microbatches follow each other through the stages of mesh.stage (models/pipeline.py)."""
+  pieces: int = 0           # microbatches of a batch; 0: as many as stages
+  rounds: int = 1           # times that each passes all stages, each stage having so many runs of layers
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A model. Each field has one meaning, whatever the family; the defaults are Llama's (configs/ has the others)."""
   kind: str = 'decoder'     # decoder | encoder | seq2seq | rnn | rnn_seq2seq: a key of models.kinds.KINDS; or ngram
@@ -115,7 +122,7 @@ class ModelConfig:
   qk_norm: str = 'none'     # RMS norm of queries and keys: none | head (over K) | all (over heads and K)
   embed_norm: bool = False  # a norm of the embeddings (BERT, BART)
   position: str = 'rope'    # rope | learned | sinusoidal | relative (T5) | none
-  pattern: str = 'global'   # kinds of layers, repeated over them, as 'local local global': words of kernels.SEEN, or some of
+  pattern: str = 'global'   # kinds of layers, repeated over them, as 'local local global': words of kernels.patterns.SEEN, or some of
                             # them joined by +, as 'local+stride' (Sparse Transformer, strided)
   window: int = 0           # tokens that a local layer sees, itself included; the stride; the size of a block
   first: int = 0            # of the word first: tokens that all see and that see all; of summary: the last so many of a block
@@ -137,8 +144,9 @@ class ModelConfig:
   dropout: float = 0.
   init_std: float = 0.02    # of embeddings and projections; those back into the residual get ÷ √(2N)
   dtype: str = 'float32'    # of compute: float32 | bfloat16; master weights are always float32
-  attention: str = 'auto'   # auto | dot_product | blocked | plain
+  attention: str = 'auto'   # auto | dot_product | blocked | plain | splash (TPU)
   remat: str = 'none'       # what the backward pass recomputes: none | dots | full
+  context: str = 'ring'     # how attention crosses mesh.context: ring (keys go round) | gather (all keys to all)
   scan: bool = True         # True: one compiled layer, looped; False: unrolled (on CPU 7% faster, compiles longer)
   rope: RopeConfig = RopeConfig()
   relative: RelativeConfig = RelativeConfig()
@@ -147,18 +155,20 @@ class ModelConfig:
   moe: MoeConfig = MoeConfig()
   mla: MlaConfig = MlaConfig()
   lora: LoraConfig = LoraConfig()
+  pipeline: PipelineConfig = PipelineConfig()
 
 
 GATED = ('swiglu', 'geglu')
-WORDS = ('global', 'local', 'stride', 'block', 'summary', 'first')  # of a pattern: kernels.SEEN says what they mean
+WORDS = ('global', 'local', 'stride', 'block', 'summary', 'first')  # of a pattern: kernels.patterns.SEEN says what they mean
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """Cross entropy in `chunks` pieces of the length, so that [B, L, V] never exists at once."""
+  """Cross entropy in `chunks` pieces, so that [B, L, V] never exists at once."""
   chunks: int = 8
   z_loss: float = 0.        # × log²Z, added to the training loss (PaLM, §5)
   smoothing: float = 0.     # label smoothing: so much of each target is spread over the vocabulary
+  over: str = 'length'      # what is cut: length | vocabulary (much less memory on many devices, one more matmul)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +210,10 @@ class MeshConfig:
   """Devices an axis; one of them may be -1: what is left."""
   data: int = 1             # replicas: only gradients cross it
   fsdp: int = -1            # batch and weights are cut over it; weights are gathered a layer at a time
-  tensor: int = 1           # heads, ffn and vocabulary are cut over it
+  tensor: int = 1           # heads, ffn and vocabulary are cut over it; and the length, between the blocks of a layer
+  context: int = 1          # the length is cut over it
+  expert: int = 1           # experts are cut over it; tokens are sent to theirs and back. Others take it as fsdp
+  stage: int = 1            # layers are cut over it, and microbatches follow each other through them
 
 
 _TEXTS = ('exact', 'bleu', 'chrf', 'rouge', 'f1')
@@ -286,7 +299,7 @@ class Config:
 # from the same state and data, except `steps`, which people raise to train on.
 FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|mesh\..*|checkpoint\..*|start\..*|'
                   r'data\.(cache|stop|start|never)|tasks\.[^.]+\.metrics|microbatches|loss\.chunks|'
-                  r'model\.(attention|remat|scan|pool|normalize))$')
+                  r'loss\.over|model\.pipeline\..*|model\.(attention|context|remat|scan|pool|normalize))$')
 
 
 # What of a model is about training it, and not about which function its parameters are.

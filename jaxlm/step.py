@@ -22,21 +22,6 @@ def abstract_state(config: Config, tx):
   return jax.eval_shape(lambda: init_state(config, tx, jax.random.key(0)))
 
 
-def _microbatches(count: int, batch):
-  """[B, …] → [count, B/count, …]. Rows are dealt out in turn, so that each piece lies on all devices evenly."""
-  def deal(a):
-    rows = jnp.moveaxis(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 1, 0)
-    return jax.sharding.reshard(rows, jax.P(None, *layout.spec('B')))
-  return jax.tree.map(deal, batch)
-
-
-def _whole(pieces):
-  """The inverse of _microbatches."""
-  def gather(a):
-    return jax.sharding.reshard(jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), layout.spec('B'))
-  return jax.tree.map(gather, pieces)
-
-
 def even_out(moe: MoeConfig, params, sums):
   """The routers' biases, moved towards equal loads of the experts (DeepSeek-V3, §2.1.2); no gradient reaches them."""
   if not moe.bias_rate:
@@ -68,7 +53,7 @@ def make_step(config: Config, tx, schedule):
     if count == 1:
       (grads, sums), carry = gradient(0, batch, state.get('carry'))
     else:
-      pieces = (jnp.arange(count), *_microbatches(count, (batch, state.get('carry'))))
+      pieces = (jnp.arange(count), *layout.deal(count, (batch, state.get('carry'))))
       shapes = jax.eval_shape(gradient, *jax.tree.map(lambda a: a[0], pieces))[0]
       zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), shapes)
 
@@ -76,7 +61,7 @@ def make_step(config: Config, tx, schedule):
         more, carry = gradient(*piece)
         return jax.tree.map(jnp.add, sums, more), carry
       (grads, sums), carry = jax.lax.scan(add, zeros, pieces)
-      carry = _whole(carry)
+      carry = layout.collect(carry)
     grads = jax.tree.map(lambda g: g / jnp.maximum(sums['tokens'], 1), grads)
 
     grad_norm = optax.tree.norm(grads)

@@ -16,8 +16,8 @@ CHOICES = {
     'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs', 'answer', 'classify', 'tag', 'span'),
     'data.order': ('shuffled', 'contiguous'), 'data.form': ('text', 'tags', 'span', 'chat'),
     'model.mlp': ('swiglu', 'geglu', 'gelu', 'gelu_exact', 'relu', 'silu'), 'model.bias': ('none', 'all', 'qkv', 'not_qkv'),
-    'model.dtype': ('float32', 'bfloat16'), 'model.attention': ('auto', 'dot_product', 'blocked', 'plain'),
-    'model.remat': ('none', 'dots', 'full'), 'model.rope.scaling': ('none', 'linear', 'llama3', 'yarn'),
+    'model.dtype': ('float32', 'bfloat16'), 'model.attention': ('auto', 'dot_product', 'blocked', 'plain', 'splash'),
+    'loss.over': ('length', 'vocabulary'), 'model.remat': ('none', 'dots', 'full'), 'model.context': ('ring', 'gather'), 'model.rope.scaling': ('none', 'linear', 'llama3', 'yarn'),
     'model.moe.score': ('softmax', 'sigmoid'), 'model.moe.dispatch': ('dropless', 'capacity'),
     'optimizer.name': ('adamw', 'muon'), 'optimizer.schedule': ('constant', 'cosine', 'linear', 'wsd', 'inverse_sqrt'),
 }
@@ -26,7 +26,7 @@ ZERO_OK = re.compile(
     r'(seed|eval_every|loss\.(z_loss|smoothing)|objective\.(source|next_sentence)|start\.step|data\.heldout|'
     r'checkpoint\.keep_every|model\.(P|vocab|window|first|first_position|encoder_N|T|C|norm_offset|attention_scale|'
     r'attention_cap|logit_cap|dropout|lora\.rank|rnn\.(teacher|sampling)|rope\.(local_base|original)|'
-    r'moe\.(E|F|first|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
+    r'pipeline\.pieces|moe\.(E|F|first|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
     r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2))$')
 
 
@@ -58,17 +58,20 @@ def validate(c: Config) -> None:
   if not c.tasks:  # the objective of a mixture is its tasks'
     _objective(c, need)
     targets = 1 if c.objective.name in HEADS else selected(c) if m.kind == 'encoder' else c.length
-    need(targets % c.loss.chunks == 0, 'loss.chunks', f'does not divide the {targets} targets of a row (length={c.length})')
+    if c.loss.over == 'length':
+      need(targets % c.loss.chunks == 0, 'loss.chunks', f'does not divide the {targets} targets of a row (length={c.length})')
+    else:
+      need(m.V % c.loss.chunks == 0, 'loss.chunks', f'does not divide model.V={m.V}')
   try:
     re.compile(c.optimizer.no_decay)
   except re.error as e:
     need(False, 'optimizer.no_decay', f'is no regular expression ({e})')
-  sizes = {axis: flat[f'mesh.{axis}'] for axis in ('data', 'fsdp', 'tensor')}
+  sizes = {key.removeprefix('mesh.'): size for key, size in flat.items() if key.startswith('mesh.')}
   for axis, size in sizes.items():
     need(size >= 1 or size == -1, f'mesh.{axis}', 'wants a count of devices, or -1 for what is left')
   fill = [axis for axis, size in sizes.items() if size == -1]
   need(len(fill) < 2, f'mesh.{(fill or ["fsdp"])[-1]}', f'only one axis may be -1, and {fill[:1]} is')
-  if -1 not in (sizes['data'], sizes['fsdp'], sizes['tensor']):
+  if not fill:
     check_mesh(c, sizes)
   _tasks(c, need)
 
@@ -210,15 +213,46 @@ def _model(m, need) -> None:
 
 def check_mesh(c: Config, sizes: dict) -> None:
   """Everything that a mesh of these sizes must divide. Raises UsageError."""
-  rows = sizes['data'] * sizes['fsdp']
+  m = c.model
+  rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
   per = c.batch // c.microbatches
   if per % rows:
     raise UsageError(f'batch={c.batch} in {c.microbatches} microbatches gives {per} sequences, which mesh.data × '
-                     f'mesh.fsdp = {rows} does not divide; set batch to a multiple of {rows * c.microbatches}')
-  cut = {'H': sizes['tensor'], 'G': sizes['tensor'], 'F': sizes['tensor'], 'V': sizes['tensor'], 'D': sizes['fsdp']}
-  for letter, size in cut.items():
-    value = getattr(c.model, letter)
+                     f'mesh.fsdp × mesh.expert = {rows} does not divide; set batch to a multiple of {rows * c.microbatches}')
+  cut = {'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor',), 'D': ('fsdp', 'stage', 'expert')}
+  for letter, axes in cut.items():
+    value, size = getattr(m, letter), math.prod(sizes[a] for a in axes)
     if value % size:
-      axis = 'fsdp' if letter == 'D' else 'tensor'
-      raise UsageError(f'model.{letter}={value}: mesh.{axis}={size} does not divide it; '
+      name = ' × '.join(f'mesh.{a}' for a in axes if sizes[a] > 1)
+      raise UsageError(f'model.{letter}={value}: {name} = {size} does not divide it; '
                        f'the next that fits is {-(-value // size) * size}')
+  if sizes['expert'] > 1 and (not m.moe.E or m.moe.E % sizes['expert']):
+    raise UsageError(f'model.moe.E={m.moe.E}: mesh.expert={sizes["expert"]} does not divide it; set mesh.expert to a divisor')
+  for axis in ('context', 'stage'):
+    if sizes[axis] > 1 and m.kind != 'decoder':
+      raise UsageError(f'model.kind={m.kind}: mesh.{axis}={sizes[axis]} wants a decoder; set 1')
+  if sizes['stage'] > 1:
+    _check_stages(c, sizes['stage'], per // rows)
+  if sizes['context'] > 1 and c.length % (2 * sizes['context']):
+    raise UsageError(f'length={c.length}: mesh.context={sizes["context"]} wants a multiple of {2 * sizes["context"]}')
+  if sizes['context'] > 1 and m.moe.E and m.moe.dispatch == 'capacity':
+    raise UsageError(f'model.moe.dispatch=capacity: places go by order in a row, which mesh.context={sizes["context"]} cuts; '
+                     'set dropless, or mesh.context=1')
+  whole, axis = (c.length, 'context') if c.loss.over == 'length' else (m.V, 'tensor')
+  if m.kind == 'decoder' and whole // sizes[axis] % c.loss.chunks:
+    raise UsageError(f'loss.chunks={c.loss.chunks}: does not divide {whole} / mesh.{axis} = {whole // sizes[axis]}')
+
+
+def _check_stages(c: Config, stages: int, rows: int) -> None:
+  """rows: sequences of a device."""
+  m = c.model
+  runs, pieces, kinds = stages * m.pipeline.rounds, m.pipeline.pieces or stages, layer_kinds(m)
+  if m.N % runs:
+    raise UsageError(f'model.N={m.N}: mesh.stage={stages} × model.pipeline.rounds={m.pipeline.rounds} does not divide it')
+  if kinds != kinds[:m.N // runs] * runs:
+    raise UsageError(f'mesh.stage={stages}: all {runs} runs of layers must be of the same kinds; model.pattern and model.moe make '
+                     'them different')
+  if rows % pieces:
+    raise UsageError(f'model.pipeline.pieces={pieces}: does not divide the {rows} sequences that a device has of batch={c.batch}')
+  if m.dropout:
+    raise UsageError(f'model.dropout={m.dropout}: a pipeline has none; set 0, or mesh.stage=1')

@@ -4,11 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.models import kernels
-from jaxlm.models.kernels import How, Rows
+from jaxlm.errors import UsageError
+from jaxlm.kernels import on_mesh, splash
+from jaxlm.kernels.patterns import How, Rows
+from jaxlm.schema import ModelConfig
 from tests import common
 
 B, L, H, G, K = 2, 16, 8, 4, 8
+DENSE = sorted(set(on_mesh.ATTENTION) - {'splash'})  # splash wants longer rows
 HOWS = [How(0.3), How(0.3, 'local', window=5), How(0.3, cap=1.5), How(0.3, 'local', window=1, cap=2.), How(0.3, causal=False),
         How(0.3, 'local', window=4, causal=False), How(0.3, 'stride', window=3), How(0.3, 'local+stride', window=4),
         How(0.3, 'block+summary', window=4, first=1), How(0.3, 'block+summary', window=4, first=2, causal=False),
@@ -24,7 +27,8 @@ def sees(how, i, j):
               'summary': w and w - c <= j % w, 'first': j < c or i < c}[word] for word in how.where.split('+'))
 
 
-def arrays(M=L, value_dim=K, seed=0):
+def arrays(M=None, value_dim=K, seed=0, L=L):
+  M = M or L
   rng = np.random.default_rng(seed)
   q, k, v = (jnp.asarray(rng.standard_normal(s, np.float32)) for s in ((B, L, H, K), (B, M, G, K), (B, M, G, value_dim)))
 
@@ -50,8 +54,8 @@ def slow(how, q, k, v, q_rows, k_rows, bias):
 
 
 def both(name, how, q, k, v, *rest):
-  f = lambda q, k, v, bias: jnp.sum(jnp.sin(kernels.ATTENTION[name](how, q, k, v, *rest[:2], bias)))
-  return jax.jit(lambda *a: (kernels.ATTENTION[name](how, *a[:3], *rest[:2], a[3]), jax.grad(f, (0, 1, 2))(*a)))(q, k, v, rest[2])
+  f = lambda q, k, v, bias: jnp.sum(jnp.sin(on_mesh.ATTENTION[name](how, q, k, v, *rest[:2], bias)))
+  return jax.jit(lambda *a: (on_mesh.ATTENTION[name](how, *a[:3], *rest[:2], a[3]), jax.grad(f, (0, 1, 2))(*a)))(q, k, v, rest[2])
 
 
 @pytest.mark.parametrize('how', HOWS, ids=str)
@@ -61,7 +65,7 @@ def test_all_agree_with_a_loop_and_with_each_other(how, value_dim, biased):
   bias = bias if biased else None
   expected = both('plain', how, q, k, v, rows, rows, bias)
   np.testing.assert_allclose(expected[0], slow(how, *map(np.asarray, (q, k, v)), rows, rows, None if bias is None else np.asarray(bias)), atol=1e-5)
-  for name in kernels.ATTENTION:
+  for name in DENSE:
     common.assert_trees_close(both(name, how, q, k, v, rows, rows, bias), expected, atol=1e-5)
 
 
@@ -71,10 +75,35 @@ def test_memory_of_another_length_and_what_has_none(one_device):
   how = How(0.3, causal=False)
   expected = slow(how, *map(np.asarray, (q, k, v)), q_rows, k_rows, None)
   lacking = k_rows._replace(segments_BL=jnp.where(k_rows.segments_BL == 1, 7, k_rows.segments_BL))
-  for name in kernels.ATTENTION:
+  for name in DENSE:
     put = lambda tree: jax.tree.map(jax.device_put, tree)
-    np.testing.assert_allclose(kernels.attend(name, how, *put((q, k, v, q_rows, k_rows))), expected, atol=1e-5)
-    out = np.asarray(kernels.attend(name, how, *put((q, k, v, q_rows, lacking))))
+    np.testing.assert_allclose(on_mesh.attend(ModelConfig(attention=name), how, *put((q, k, v, q_rows, k_rows))), expected, atol=1e-5)
+    out = np.asarray(on_mesh.attend(ModelConfig(attention=name), how, *put((q, k, v, q_rows, lacking))))
     mine = np.asarray(q_rows.segments_BL) == 1
     assert mine.any() and (out[mine] == 0).all()
     np.testing.assert_allclose(out[~mine], expected[~mine], atol=1e-5)
+
+
+BY_DISTANCE = [How(0.3), How(0.3, 'local', window=70), How(0.3, cap=1.5), How(0.3, causal=False),
+               How(0.3, 'local+stride', window=100, cap=2.), How(0.3, 'local', window=40, causal=False)]
+
+
+@pytest.mark.parametrize('how', BY_DISTANCE, ids=str)
+def test_splash_agrees_with_plain_forward_and_backward(how, monkeypatch):
+  """Interpreted, on rows of several documents and blocks; head dims that are no multiples of 128; keys of another length
+  where no place is later than another."""
+  monkeypatch.setattr(splash, 'BLOCK', 128)
+  anywhere = not how.causal and how.where == 'global'
+  q, k, v, rows, k_rows, _ = arrays(L=256, M=384 if anywhere else 256, value_dim=6)
+  k_rows = k_rows if anywhere else rows
+  found, expected = (both(name, how, q, k, v, rows, k_rows, None) for name in ('splash', 'plain'))
+  common.assert_trees_close(found, expected, atol=2e-5)
+
+
+def test_splash_is_chosen_on_tpu_where_it_can_and_refused_by_name_where_not():
+  assert splash.refusal(How(1.), 256, 256) == ''
+  for how, lengths, word in ((How(1., 'block', window=4), (256, 256), 'block'), (How(1.), (100, 256), '100')):
+    with pytest.raises(UsageError, match=f'model.attention=splash.*{word}'):
+      on_mesh.chosen('splash', 'tpu', splash.refusal(how, *lengths))
+    assert on_mesh.chosen('auto', 'tpu', splash.refusal(how, *lengths)) == 'dot_product'
+  assert on_mesh.chosen('auto', 'tpu', '') == 'splash'

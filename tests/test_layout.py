@@ -10,9 +10,11 @@ from jaxlm.errors import UsageError
 
 
 def test_specs_follow_from_letters():
-  assert layout.spec('BLD') == P(('data', 'fsdp'), None, None)
-  assert layout.spec('BLHK') == P(('data', 'fsdp'), None, 'tensor', None)
-  assert layout.spec('DHK', 'weight') == P('fsdp', 'tensor', None)
+  assert layout.spec('BLD') == P(('data', 'fsdp', 'expert'), 'context', None)
+  assert layout.spec('BLHK') == P(('data', 'fsdp', 'expert'), 'context', 'tensor', None)
+  assert layout.spec('DHK', 'weight') == P(('fsdp', 'stage', 'expert'), 'tensor', None)
+  assert layout.spec('EDF', 'weight') == P('expert', ('fsdp', 'stage'), 'tensor')
+  assert layout.spec('BLD', 'residual') == P(('data', 'fsdp', 'expert'), ('context', 'tensor'), None)
   assert layout.spec('DHK', 'gathered') == P(None, 'tensor', None)
 
 
@@ -23,7 +25,7 @@ def test_an_axis_cannot_cut_two_dimensions():
 
 def test_minus_one_fills_and_axes_are_explicit():
   mesh = layout.make_mesh(MeshConfig(2, -1, 2))
-  assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2}
+  assert {axis: size for axis, size in mesh.shape.items() if size > 1} == {'data': 2, 'fsdp': 2, 'tensor': 2}
   assert set(mesh.axis_types) == {AxisType.Explicit}
 
 

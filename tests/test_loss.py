@@ -14,8 +14,8 @@ from tests import common
 B, L, D, V = 8, 16, 8, 24
 
 
-def cross_entropy(chunks, scan=True, z_loss=0., **model):
-  f = functools.partial(loss.cross_entropy, ModelConfig(V=V, scan=scan, **model), LossConfig(chunks, z_loss))
+def cross_entropy(chunks, scan=True, z_loss=0., over='length', smoothing=0., **model):
+  f = functools.partial(loss.cross_entropy, ModelConfig(V=V, scan=scan, **model), LossConfig(chunks, z_loss, smoothing, over))
   return lambda x, w, targets, weights: f(x, {'w': w}, targets, weights)
 
 
@@ -44,11 +44,12 @@ def plain_jax(z, x, w, targets, weights):
 
 
 @pytest.mark.parametrize('mesh_sizes', [(1, 1, 1), (1, 4, 2), (2, 2, 2)])
-@pytest.mark.parametrize('chunks, unroll', [(1, False), (4, False), (4, True), (16, False)])
-def test_value_and_gradient_equal_the_plain_loss(mesh_sizes, chunks, unroll):
+@pytest.mark.parametrize('chunks, unroll, over', [(1, False, 'length'), (4, False, 'length'), (4, True, 'length'), (16, False, 'length'),
+                                                  (1, False, 'vocabulary'), (3, False, 'vocabulary'), (12, True, 'vocabulary')])
+def test_value_and_gradient_equal_the_plain_loss(mesh_sizes, chunks, unroll, over):
   with jax.set_mesh(common.mesh_of(*mesh_sizes)):
     args = arrays()
-    f = jax.jit(cross_entropy(chunks, not unroll, 1e-2))
+    f = jax.jit(cross_entropy(chunks, not unroll, 1e-2, over))
     host = [np.asarray(a) for a in jax.device_get(args)]
     np.testing.assert_allclose(f(*args), plain(1e-2, *host), rtol=2e-6)
     got = jax.jit(jax.grad(lambda x, w: 3 * f(x, w, *args[2:])[0], (0, 1)))(*args[:2])

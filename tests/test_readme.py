@@ -28,13 +28,13 @@ def tree(tmp_path_factory):
 
 @pytest.mark.parametrize('number', range(len(BLOCKS)))
 def test_block(tree, number):
-  """`make quickstart` is cut to a few steps of a smaller model, and `make test` to collecting, by the environment. The tokens that
+  """`make quickstart` is cut to a few steps of a smaller model, and `make test` to collecting a file, by the environment. The tokens that
   it writes serve the runs of the same data, which would write them again."""
   language, text = BLOCKS[number]
   for run in ('small', 'mesh'):
     if f'--workdir=runs/{run} ' in text and 'configs/quickstart.py' in text and (tree / 'runs/quickstart/data').exists():
       shutil.copytree(tree / 'runs/quickstart/data', tree / 'runs' / run / 'data', dirs_exist_ok=True)
-  env = {**os.environ, 'FLAGS': '--config.steps=6 --config.model.N=1', 'EVAL_FLAGS': '--data=text:README.md',
+  env = {**os.environ, 'TESTS': 'tests/test_layout.py', 'FLAGS': '--config.steps=6 --config.model.N=1', 'EVAL_FLAGS': '--data=text:README.md',
          'PYTEST_ADDOPTS': '--collect-only', 'PYTHONPATH': str(tree)}
   words = ['bash', '-euo', 'pipefail', '-c', text] if language == 'sh' else [sys.executable, '-c', text]
   out = subprocess.run(words, cwd=tree, env=env, capture_output=True, text=True, check=False)

@@ -13,8 +13,10 @@ import numpy as np
 from jaxlm import layout
 from jaxlm.data import pipeline
 from jaxlm.errors import UsageError
+from jaxlm.kernels import on_mesh
+from jaxlm.kernels.patterns import Rows
 from jaxlm.look.reading import Reading, to_encoder
-from jaxlm.models import attention, embedding, kernels, relative, rnn, seq2seq, stack
+from jaxlm.models import attention, embedding, relative, rnn, seq2seq, stack
 from jaxlm.schema import ModelConfig, layer_kinds
 
 PLACES = 16  # rows have a multiple of so many places, so that few lengths are compiled
@@ -28,7 +30,7 @@ def _block(cfg: ModelConfig, kind, maps: bool, params, x_BLD, rows, bias_HLM, me
     across = where == attention.MEMORY
     arrays = (q_BLHK, k_BMGK, v_BMGK, rows, memory_rows if across else rows, None if across else bias_HLM)
     how = attention.how(cfg, where)
-    return kernels.shown(how, *arrays) if maps else (kernels.attend(cfg.attention, how, *arrays), None)
+    return on_mesh.shown(how, *arrays) if maps else (on_mesh.attend(cfg, how, *arrays), None)
   block = stack.Block(cfg, kind, across=memory_BMD is not None)
   return block.apply({'params': params}, x_BLD, rows.positions_BL, rows.segments_BL > 0, attend, memory_BMD)[:2]
 
@@ -47,8 +49,8 @@ _encode = jax.jit(seq2seq.encode, static_argnums=0)
 def _attentive(cfg: ModelConfig, params, batch, see: Callable, maps: bool, around=None, memory_BMD=None) -> list:
   around = params if around is None else around
   x_BLD, bias_HLM = _into(cfg, params['embed'], around, batch)
-  out, rows = [see(x_BLD, [])], kernels.Rows(batch['segments'], batch['positions'])
-  memory_rows = None if memory_BMD is None else kernels.Rows(batch['input_segments'], batch['input_segments'])
+  out, rows = [see(x_BLD, [])], Rows(batch['segments'], batch['positions'])
+  memory_rows = None if memory_BMD is None else Rows(batch['input_segments'], batch['input_segments'])
   for kind, weights in zip(layer_kinds(cfg), _unstack(cfg, around['layers'])):
     x_BLD, kept = _block(cfg, kind, maps, weights, x_BLD, rows, bias_HLM, memory_BMD, memory_rows)
     out.append(see(x_BLD, kept))

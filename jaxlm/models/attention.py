@@ -1,11 +1,11 @@
 """Attention layers: projections, norms and positions. Which keys a query sees, and where keys are kept, is the caller's
-`attend(where, q_BLHK, k_BMGK, v_BMGK) → (o_BLHK, kept)`: training has a kernel there (kernels.py), generation a cache."""
+`attend(where, q_BLHK, k_BMGK, v_BMGK) → (o_BLHK, kept)`: training has a kernel there (kernels/), generation a cache."""
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm import layout
 from jaxlm.models import rope
-from jaxlm.models.kernels import How
+from jaxlm.kernels.patterns import How
 from jaxlm.models.layers import Einsum, RMSNorm
 from jaxlm.schema import ModelConfig
 

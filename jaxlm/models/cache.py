@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import layout
-from jaxlm.models import attention, embedding, kernels, kinds, output, relative, rnn, rnn_seq2seq, seq2seq
+from jaxlm.kernels import dense, patterns
+from jaxlm.models import attention, embedding, kinds, output, relative, rnn, rnn_seq2seq, seq2seq
 from jaxlm.models.layers import Einsum
 from jaxlm.models.stack import Block, unstack
 from jaxlm.schema import ModelConfig, layer_kinds
@@ -105,7 +106,7 @@ def _attend(cfg: ModelConfig, kept: dict, at, pad_B, bias_HLM, where, q_BLHK, k_
   if where == attention.MEMORY:
     def look(q_BLHK, k_BMGK, v_BMGK, seen_BM):
       seen_BLM = jnp.broadcast_to(seen_BM[:, None], (len(seen_BM), q_BLHK.shape[1], seen_BM.shape[1]))
-      o_BLHK = kernels.mix(how, q_BLHK, k_BMGK, v_BMGK, seen_BLM)
+      o_BLHK = dense.mix(how, q_BLHK, k_BMGK, v_BMGK, seen_BLM)
       return jnp.where(seen_BM.any(-1)[:, None, None, None], o_BLHK, 0)
     return _on_devices(look, ('BLHK', 'BMGK', 'BMGK', 'BM'), 'BLHK', q_BLHK, kept['memory_k'], kept['memory_v'], kept['seen']), None
 
@@ -114,9 +115,9 @@ def _attend(cfg: ModelConfig, kept: dict, at, pad_B, bias_HLM, where, q_BLHK, k_
     v_BMGK = jax.lax.dynamic_update_slice(v_BMGK, v_BLGK, (0, at, 0, 0))
     i_BL = at + jnp.arange(q_BLHK.shape[1])[None] - pad_B[:, None]
     j_BM = jnp.arange(k_BMGK.shape[1])[None] - pad_B[:, None]
-    seen_BLM = kernels.visible(how, i_BL[:, :, None], j_BM[:, None]) & (j_BM >= 0)[:, None]
-    return kernels.mix(how, q_BLHK, k_BMGK, v_BMGK, seen_BLM, *bias), k_BMGK, v_BMGK
-  dims = ('BLHK', 'BLGK', 'BLGK', 'BMGK', 'BMGK', 'B', '') + (() if bias_HLM is None else ('HLM',))
+    seen_BLM = patterns.visible(how, i_BL[:, :, None], j_BM[:, None]) & (j_BM >= 0)[:, None]
+    return dense.mix(how, q_BLHK, k_BMGK, v_BMGK, seen_BLM, *bias), k_BMGK, v_BMGK
+  dims = ('BLHK', 'BLGK', 'BLGK', 'BMGK', 'BMGK', 'B', '') + (() if bias_HLM is None else ('H',))
   arrays = (q_BLHK, k_BLGK, v_BLGK, kept['k'], kept['v'], pad_B, jnp.asarray(at)) + (() if bias_HLM is None else (bias_HLM,))
   o_BLHK, k_BMGK, v_BMGK = _on_devices(write_and_look, dims, ('BLHK', 'BMGK', 'BMGK'), *arrays)
   return o_BLHK, {'k': k_BMGK, 'v': v_BMGK}

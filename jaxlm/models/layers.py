@@ -17,13 +17,13 @@ def use(w, dims: str, dtype):
   return jax.sharding.reshard(w.astype(dtype), layout.spec(dims, 'gathered'))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def contract(eqn: str, kind: str, dtype, x, w):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def contract(eqn: str, dtype, x, w):
   """einsum of activations x with a weight w, as 'BLD,DHK->BLHK', with a backward pass of its own.
 
-  kind 'weight': w is a master weight, cut over fsdp. It is gathered here and again in the backward pass, so that only
-  the cut one is kept between them, and its gradient is reduce-scattered in float32 (ZeRO-3, Rajbhandari et al. 2020).
-  kind 'gathered': w is as it is used, for loops that use it more than once. dtype: of the result, None for x's.
+  A master weight, cut over fsdp, is gathered here and again in the backward pass, so that only the cut one is kept between
+  them, and its gradient is reduce-scattered in float32 (ZeRO-3, Rajbhandari et al. 2020). A weight that is gathered already,
+  for loops that use it more than once, has a gradient that is so too. dtype: of the result, None for x's.
   In the gradient of w the smaller operand comes first: on CPU that makes a SwiGLU's step 1.5 × as fast as JAX's own order.
   """
   _, w_dims, out_dims = _split(eqn)
@@ -43,17 +43,17 @@ def _split(eqn: str) -> tuple[str, str, str]:
   return *operands.split(','), out_dims
 
 
-def _contract_forward(eqn, kind, dtype, x, w):
-  return contract(eqn, kind, dtype, x, w), (x, w)
+def _contract_forward(eqn, dtype, x, w):
+  return contract(eqn, dtype, x, w), (x, w)
 
 
-def _contract_backward(eqn, kind, dtype, saved, g):
+def _contract_backward(eqn, dtype, saved, g):
   del dtype
-  dx, dw = contract_gradients(eqn, kind, *saved, g)
+  dx, dw = contract_gradients(eqn, *saved, g)
   return dx, dw.astype(saved[1].dtype)
 
 
-def contract_gradients(eqn: str, kind: str, x, w, g):
+def contract_gradients(eqn: str, x, w, g):
   """The gradients (dx in x's dtype, dw in float32) of `contract` where its result has the gradient g."""
   x_dims, w_dims, out_dims = _split(eqn)
   g = g.astype(x.dtype)
@@ -62,8 +62,8 @@ def contract_gradients(eqn: str, kind: str, x, w, g):
   sides = [(''.join(d for d in w_dims if d in dims and d not in both), dims, a) for dims, a in ((x_dims, x), (out_dims, g))]
   size = dict(zip(w_dims, w.shape))
   (dims1, in1, a1), (dims2, in2, a2) = sorted(sides, key=lambda side: math.prod(size[d] for d in side[0]))
-  dims = both + dims1 + dims2
-  dw = _einsum(f'{in1},{in2}->{dims}', a1, a2, layout.spec(dims, kind), jnp.float32)
+  dims, axes = both + dims1 + dims2, dict(zip(w_dims, jax.typeof(w).sharding.spec))
+  dw = _einsum(f'{in1},{in2}->{dims}', a1, a2, jax.P(*(axes[d] for d in dims)), jnp.float32)
   return dx, jnp.transpose(dw, [dims.index(d) for d in w_dims])
 
 
@@ -90,7 +90,7 @@ class Einsum(nn.Module):
     _, w_dims, out_dims = _split(self.eqn)
     std = cfg.init_std / (2 * cfg.N) ** 0.5 if self.out else cfg.init_std
     w = self.param('w', normal(std, w_dims), tuple(map(size, w_dims)))
-    y = contract(self.eqn, 'weight', None, x, w)
+    y = contract(self.eqn, None, x, w)
     if cfg.bias == 'all' or (cfg.bias != 'none' and (cfg.bias == 'qkv') == (self.name in ('q', 'k', 'v'))):
       b_dims = ''.join(d for d in out_dims if d in w_dims)
       b = self.param('bias', functools.partial(nn.initializers.zeros, out_sharding=layout.spec(b_dims, 'weight')),

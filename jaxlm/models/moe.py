@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm import layout
+from jaxlm.models import exchange, experts
 from jaxlm.models.layers import MLPS, Mlp, contract, normal, use
 from jaxlm.schema import ModelConfig, MoeConfig
 
@@ -34,7 +35,8 @@ class Moe(nn.Module):
     gate_EDF, up_EDF = weight('gate', 'EDF', cfg.init_std), weight('up', 'EDF', cfg.init_std)
     down_EFD = weight('down', 'EFD', cfg.init_std / (2 * cfg.N) ** 0.5)
 
-    logits_BLE = contract('BLD,DE->BLE', 'weight', jnp.float32, x_BLD.astype(jnp.float32), router_DE)
+    router_DE = jax.sharding.reshard(router_DE, jax.P(None, None))  # whole, in use: every token looks at all experts
+    logits_BLE = jnp.einsum('BLD,DE->BLE', x_BLD.astype(jnp.float32), router_DE, out_sharding=jax.P(*layout.spec('BL'), None))
     scores_BLE = SCORES[moe.score](logits_BLE)
     weights_BLS, experts_BLS = choose(moe, scores_BLE, bias_E)
     y_BLD = DISPATCH[moe.dispatch](cfg, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD)
@@ -76,16 +78,18 @@ def _report(moe: MoeConfig, logits_BLE, scores_BLE, experts_BLS, real_BL):
 
 def dropless(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD):
   """Every token reaches its experts: choices are sorted by expert on each device, and jax.lax.ragged_dot multiplies
-  each run of rows with its expert's matrix (MegaBlocks, Gale et al. 2022)."""
-  E = cfg.moe.E
+  each run of rows with its expert's matrix (MegaBlocks, Gale et al. 2022). Over mesh.expert, choices go to the device that has
+  their expert, and what it says comes back (exchange.py)."""
 
-  def local(x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD):
+  def local(x_BLD, weights_BLS, experts_BLS, *weights):
     S, (B, L, D) = experts_BLS.shape[-1], x_BLD.shape
     order_T = jnp.argsort(experts_BLS.reshape(-1), stable=True)
-    sizes_E = jnp.bincount(experts_BLS.reshape(-1), length=E).astype(jnp.int32)
+    sizes_E = jnp.bincount(experts_BLS.reshape(-1), length=cfg.moe.E).astype(jnp.int32)
     rows_TD = x_BLD.reshape(-1, D)[order_T // S]
-    hidden_TF = MLPS[cfg.mlp](jax.lax.ragged_dot(rows_TD, gate_EDF, sizes_E)) * jax.lax.ragged_dot(rows_TD, up_EDF, sizes_E)
-    out_TD = jax.lax.ragged_dot(hidden_TF, down_EFD, sizes_E)
+    if jax.lax.axis_size('expert') > 1:
+      out_TD = exchange.at_experts(lambda rows, sizes: experts.say(cfg.mlp, rows, sizes, *weights), rows_TD, sizes_E, S)
+    else:
+      out_TD = experts.say(cfg.mlp, rows_TD, sizes_E, *weights)
     out_TD *= weights_BLS.reshape(-1)[order_T][:, None].astype(out_TD.dtype)
     y_BLD = jnp.zeros((B * L, D), out_TD.dtype).at[order_T // S].add(out_TD).reshape(B, L, D)
     return jax.lax.psum(y_BLD, 'tensor')
@@ -101,16 +105,19 @@ def capacity(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF
   """Each expert takes at most C tokens of a row, the first choices first, then the earlier tokens; the others pass by
   on the residual stream (GShard, Lepikhin et al. 2020; Switch Transformer). All shapes are static."""
   moe, (B, L, S) = cfg.moe, experts_BLS.shape
+  x_BLD, weights_BLS, experts_BLS = (jax.sharding.reshard(a, layout.spec('B')) for a in (x_BLD, weights_BLS, experts_BLS))
   C = min(L * S, math.ceil(moe.capacity * L * S / moe.E))
   hit_BSLE = jax.nn.one_hot(jnp.swapaxes(experts_BLS, 1, 2), moe.E, dtype=jnp.int32)
   before_BSLE = jnp.cumsum(hit_BSLE.reshape(B, S * L, moe.E), 1).reshape(hit_BSLE.shape) - hit_BSLE
   slot_BSLEC = jax.nn.one_hot(before_BSLE, C) * hit_BSLE[..., None]  # places from C on are no place
   send_BLEC = slot_BSLEC.sum(1).astype(x_BLD.dtype)
   back_BLEC = jnp.sum(slot_BSLEC * jnp.swapaxes(weights_BLS, 1, 2)[..., None, None], 1).astype(x_BLD.dtype)
-  rows_BECD = jnp.einsum('BLEC,BLD->BECD', send_BLEC, x_BLD, out_sharding=layout.spec('BECD'))
-  in_BECF = lambda w_EDF: contract('BECD,EDF->BECF', 'weight', None, rows_BECD, w_EDF)
+  rows_BECD = jnp.einsum('BLEC,BLD->BECD', send_BLEC, x_BLD, out_sharding=layout.spec('B'))
+  rows_BECD = jax.sharding.reshard(rows_BECD, layout.spec('BECD'))  # over mesh.expert, rows go to their experts …
+  in_BECF = lambda w_EDF: contract('BECD,EDF->BECF', None, rows_BECD, w_EDF)
   hidden_BECF = MLPS[cfg.mlp](in_BECF(gate_EDF)) * in_BECF(up_EDF)
-  out_BECD = contract('BECF,EFD->BECD', 'weight', None, hidden_BECF, down_EFD)
+  out_BECD = contract('BECF,EFD->BECD', None, hidden_BECF, down_EFD)
+  out_BECD = jax.sharding.reshard(out_BECD, layout.spec('B'))  # … and come back
   return jnp.einsum('BLEC,BECD->BLD', back_BLEC, out_BECD, out_sharding=layout.spec('BLD'))
 
 

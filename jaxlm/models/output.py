@@ -36,19 +36,20 @@ def gathered(hidden: Hidden) -> dict:
 def unembed(unembedding: dict, x_BLD):
   """float32 products of hidden states with the output matrix, cut over V where it is; it may be gathered or not."""
   w_VD = layers.use(unembedding['w'], 'VD', x_BLD.dtype)
-  logits_BLV = layers.contract(UNEMBED, 'gathered', jnp.float32, x_BLD, w_VD)
+  logits_BLV = layers.contract(UNEMBED, jnp.float32, x_BLD, w_VD)
   return logits_BLV + unembedding['bias'][None, None] if 'bias' in unembedding else logits_BLV
 
 
-def finish(cfg: ModelConfig, logits_BLV):
-  """The config's scale and cap of the logits, and −1e30 for rows that only pad the vocabulary."""
+def finish(cfg: ModelConfig, logits_BLV, ids_V=None):
+  """The config's scale and cap of the logits, and −1e30 for rows that only pad the vocabulary. ids_V: which rows these are, if
+  not all."""
   if cfg.logit_scale != 1:
     logits_BLV *= cfg.logit_scale
   if cfg.logit_cap:
     logits_BLV = cfg.logit_cap * jnp.tanh(logits_BLV / cfg.logit_cap)
   if cfg.vocab and cfg.vocab < cfg.V:
-    iota_BLV = jax.lax.broadcasted_iota(jnp.int32, logits_BLV.shape, 2, out_sharding=jax.typeof(logits_BLV).sharding)
-    logits_BLV = jnp.where(iota_BLV < cfg.vocab, logits_BLV, -1e30)
+    iota = lambda: jax.lax.broadcasted_iota(jnp.int32, logits_BLV.shape, 2, out_sharding=jax.typeof(logits_BLV).sharding)
+    logits_BLV = jnp.where((iota() if ids_V is None else ids_V[None, None]) < cfg.vocab, logits_BLV, -1e30)
   return logits_BLV
 
 

@@ -30,5 +30,5 @@ def bias(cfg: ModelConfig, table_PH, i_L, j_M):
   row, however it is packed."""
   bucket_LM = bucket(cfg.relative, j_M[None] - i_L[:, None], cfg.kind != 'encoder')
   table_PH = jax.sharding.reshard(table_PH, layout.spec('PH'))
-  bias_LMH = table_PH.at[bucket_LM].get(out_sharding=layout.spec('LMH'))
+  bias_LMH = table_PH.at[bucket_LM].get(out_sharding=jax.P(None, None, *layout.spec('H')))
   return jnp.moveaxis(bias_LMH, -1, 0)

@@ -110,7 +110,7 @@ recur.defvjp(_recur_forward, _recur_backward)
 
 def layer(cfg: ModelConfig, params: dict, x_BLD, keep_LB, real_LB, state: dict):
   """(h_BLD, the last state {'h': [B, D], …}) of one layer."""
-  x_BLJK = contract('BLD,DJK->BLJK', 'weight', None, x_BLD, params['x']['w'])
+  x_BLJK = contract('BLD,DJK->BLJK', None, x_BLD, params['x']['w'])
   x_BLJK += params['x']['bias'].astype(x_BLD.dtype)[None, None]
   w_DJK = use(params['h']['w'], 'DJK', x_BLD.dtype)
   bias_JK = params['h']['bias'].astype(x_BLD.dtype)

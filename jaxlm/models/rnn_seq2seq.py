@@ -49,7 +49,7 @@ def remember(cfg: ModelConfig, params: dict, batch: dict, key=None) -> dict:
   memory_BMD, state, seen_BM = encode(cfg, params, batch, key)
   out = {'state': state, 'memory': memory_BMD, 'seen': seen_BM}
   if cfg.rnn.attention != 'none':
-    out['keys'] = contract('BMD,DK->BMK', 'weight', None, memory_BMD, params['attention']['memory'])
+    out['keys'] = contract('BMD,DK->BMK', None, memory_BMD, params['attention']['memory'])
   return out
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm import layout
+from jaxlm.kernels.patterns import Rows
 from jaxlm.models.attention import MEMORY, Attention, LatentAttention
 from jaxlm.models.layers import NORMS, Dropout, Mlp
 from jaxlm.models.moe import Moe
@@ -26,37 +27,45 @@ REMAT = {  # name → policy of what the backward pass may keep; None keeps ever
 
 class Block(nn.Module):
   """x + attention(norm(x)), then, with an encoder's memory, the same across to it, then x + mlp(norm(x))
-  → (x_BLD, what `attend` kept: [of itself, of the memory], what a mixture reports, or {})."""
+  → (x_BLD, what `attend` kept: [of itself, of the memory], what a mixture reports, or {}).
+
+  narrow: between the sublayers x is cut over mesh.tensor too, along its length (Korthikanti et al. 2022, §4.2.2): each
+  sublayer gathers what it reads and scatters what it writes, which costs no more than the sum it would do else.
+  """
   cfg: ModelConfig
   kind: tuple[str, str]  # words of the pattern; 'mlp' | 'moe'
   train: bool = False
   across: bool = False
+  narrow: bool = False
 
   @nn.compact
   def __call__(self, x_BLD, positions_BL, real_BL, attend, memory_BMD=None):
     cfg, (where, feed) = self.cfg, self.kind
     norm = lambda place, name, a: NORMS[cfg.norm](cfg, name=name)(a) if cfg.norm_place in (place, 'both') else a
     after = lambda name, a: NORMS[cfg.norm](cfg, name=name)(a) if cfg.norm_place == 'after' else a
-    drop = Dropout(cfg.dropout, self.train)
+    wide = lambda a: jax.sharding.reshard(a, layout.spec('BLD')) if self.narrow else a
+    narrow = lambda a: jax.sharding.reshard(a, layout.spec('BLD', 'residual')) if self.narrow else a
+    dropout = Dropout(cfg.dropout, self.train)
+    drop = lambda place, name, a: dropout(norm(place, name, narrow(a)))
     layer = (LatentAttention if cfg.mla.kv else Attention)(cfg, where, name='attention')
-    y_BLD, kept = layer(norm('pre', 'norm1', x_BLD), positions_BL, attend)
+    y_BLD, kept = layer(wide(norm('pre', 'norm1', x_BLD)), positions_BL, attend)
     kept = [kept]
-    y_BLD = drop(norm('post', 'norm1_out', y_BLD))
+    y_BLD = drop('post', 'norm1_out', y_BLD)
     if cfg.parallel:
       residual_BLD = x_BLD + y_BLD
     else:
       x_BLD = residual_BLD = after('norm1', x_BLD + y_BLD)
     if self.across:
       layer = Attention(cfg, MEMORY, name='memory_attention')
-      y_BLD, of_memory = layer(norm('pre', 'norm_memory', x_BLD), positions_BL, attend, memory_BMD)
-      x_BLD = residual_BLD = after('norm_memory', x_BLD + drop(norm('post', 'norm_memory_out', y_BLD)))
+      y_BLD, of_memory = layer(wide(norm('pre', 'norm_memory', x_BLD)), positions_BL, attend, memory_BMD)
+      x_BLD = residual_BLD = after('norm_memory', x_BLD + drop('post', 'norm_memory_out', y_BLD))
       kept.append(of_memory)
-    h_BLD, report = norm('pre', 'norm2', x_BLD), {}
+    h_BLD, report = wide(norm('pre', 'norm2', x_BLD)), {}
     if feed == 'moe':
       y_BLD, report = Moe(cfg, name='moe')(h_BLD, real_BL)
     else:
       y_BLD = Mlp(cfg, cfg.F, name='mlp')(h_BLD)
-    y_BLD = drop(norm('post', 'norm2_out', y_BLD))
+    y_BLD = drop('post', 'norm2_out', y_BLD)
     return after('norm2', residual_BLD + y_BLD), kept, report
 
 
@@ -111,17 +120,19 @@ def init(cfg: ModelConfig, key, across: bool = False) -> dict:
 
 def some_input(cfg: ModelConfig):
   """Hidden states of a token on each device, for init functions that want to see their input."""
-  shards = jax.sharding.get_abstract_mesh().shape
-  return jnp.zeros((shards['data'] * shards['fsdp'], 1, cfg.D), out_sharding=layout.spec('BLD'))
+  return jnp.zeros((layout.shards('B'), layout.shards('L'), cfg.D), out_sharding=layout.spec('BLD'))
 
 
-def run(cfg: ModelConfig, layers: dict, x_BLD, positions_BL, real_BL, attend, dropout_key=None, memory_BMD=None):
+def run(cfg: ModelConfig, layers: dict, x_BLD, rows: Rows, attend_of, dropout_key=None, memory_BMD=None, kinds=None):
   """x_BLD through all layers → (x_BLD, reports of the mixtures stacked over them, {} if there is none).
 
-  attend: see models/attention.py; real_BL bool: False is padding, which no router counts; dropout only with a key;
-  memory_BMD: what an encoder made, for layers that attend to it.
+  attend_of(rows): what attends in these rows, see models/attention.py; segment 0 is padding, which no router counts; dropout
+  only with a key; memory_BMD: what an encoder made, for layers that attend to it; kinds: of the layers that there are, if
+  not all of the model's.
   """
-  kinds, reports = layer_kinds(cfg), []
+  kinds, reports, attend = kinds or layer_kinds(cfg), [], attend_of(rows)
+  narrow = layout.shards('H') > 1 and x_BLD.shape[1] % layout.shards('L', 'residual') == 0
+  x_BLD = jax.sharding.reshard(x_BLD, layout.spec('BLD', 'residual' if narrow else 'act'))
   keys = jax.random.split(dropout_key, cfg.N) if dropout_key is not None else None
   places = _places(kinds)
   for stage in stages(kinds):
@@ -133,10 +144,11 @@ def run(cfg: ModelConfig, layers: dict, x_BLD, positions_BL, real_BL, attend, dr
                  else (stage.start + j, size) for name in layers if name == feed or name not in ('mlp', 'moe')}
       params = {name: _every(layers[name], *strides[name], stage.repeats) for name in strides}
       inputs.append((params, _every(keys, stage.start + j, size, stage.repeats)))
-    body = functools.partial(_period, cfg, stage, positions_BL, real_BL, attend, memory_BMD)
+    body = functools.partial(_period, cfg, stage, narrow, rows, attend, memory_BMD)
     x_BLD, report = jax.lax.scan(body, x_BLD, inputs, unroll=1 if cfg.scan else stage.repeats)
     if report:
       reports.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), report))
+  x_BLD = jax.sharding.reshard(x_BLD, layout.spec('BLD'))
   return x_BLD, jax.tree.map(lambda *a: jnp.concatenate(a) if len(a) > 1 else a[0], *reports) if reports else {}
 
 
@@ -150,13 +162,13 @@ def _every(tree, start: int, stride: int, count: int):
   return jax.tree.map(lambda a: a[start:start + stride * (count - 1) + 1:stride], tree)
 
 
-def _period(cfg: ModelConfig, stage: Stage, positions_BL, real_BL, attend, memory_BMD, x_BLD, inputs):
+def _period(cfg: ModelConfig, stage: Stage, narrow: bool, rows: Rows, attend, memory_BMD, x_BLD, inputs):
   """One period of a stage. Reports have a leading axis over its mixtures."""
   reports = []
   for kind, (params, key) in zip(stage.period, inputs):
     def block(params, x_BLD, key, memory_BMD, kind=kind):
-      x_BLD, _, report = Block(cfg, kind, key is not None, memory_BMD is not None, parent=None).apply(
-          {'params': params}, x_BLD, positions_BL, real_BL, attend, memory_BMD,
+      x_BLD, _, report = Block(cfg, kind, key is not None, memory_BMD is not None, narrow, parent=None).apply(
+          {'params': params}, x_BLD, rows.positions_BL, rows.segments_BL > 0, attend, memory_BMD,
           rngs={'dropout': key} if key is not None else None)
       return x_BLD, report
     if REMAT[cfg.remat] is not None:  # common subexpressions are only safe from being merged again within a loop

@@ -1,0 +1,107 @@
+"""What a scheduled program of the TPU or GPU compiler says of itself: cycles, collectives, kernels, each as often as it runs.
+
+The text is that of `compiled.as_text()`. The compiler estimates cycles for its fusions and copies (TPU only), not for kernels
+written by hand nor for collectives; it counts the body of a loop once, so that trip counts are read from the loops' conditions.
+"""
+import dataclasses
+import math
+import re
+
+COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute')
+_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'f8e4m3fn': 1, 'f8e5m2': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4, 'f32': 4,
+          's64': 8, 'u64': 8, 'f64': 8}
+_LINE = re.compile(r'\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[a-z][\w-]*)\(')
+_HEAD = re.compile(r'(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """An instruction: how often it runs in a step, and what the compiler says of one time."""
+  name: str
+  kind: str      # the operation; of an asynchronous one without -start
+  times: int
+  cycles: int    # estimated by the compiler; 0 where it says nothing
+  bytes: int     # of its result
+  is_async: bool
+  where: str     # op_name of the jaxpr, '' if unknown
+
+
+def read(text: str) -> list[Op]:
+  """All operations that the entry runs, through loops, calls and branches (of which all are counted). ValueError if a loop's
+  count cannot be found."""
+  bodies = _computations(text)
+  entry = next(m['name'] for m in re.finditer(r'^ENTRY %?(?P<name>[\w.-]+)', text, re.M))
+  out: list[Op] = []
+  _walk(bodies, entry, 1, out)
+  return out
+
+
+def seconds(ops: list[Op], hertz: float) -> float:
+  """Of the compiler's estimate at this clock rate."""
+  return sum(op.times * op.cycles for op in ops) / hertz
+
+
+def collectives(ops: list[Op]) -> list[Op]:
+  return [op for op in ops if op.kind in COLLECTIVES]
+
+
+def kernels(ops: list[Op]) -> list[Op]:
+  """Calls of kernels that were written by hand (Pallas, cuDNN), whose time the compiler does not estimate."""
+  return [op for op in ops if op.kind == 'custom-call' and not op.cycles]
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+  """name → its lines. Kernels write metadata of several lines: a computation ends at a line that is exactly }."""
+  found, current = {}, None
+  for line in text.splitlines():
+    if current is None:
+      head = _HEAD.match(line)
+      if head:
+        current = found.setdefault(head['name'], [])
+    elif line == '}':
+      current = None
+    else:
+      current.append(line)
+  return found
+
+
+def _walk(bodies, name: str, times: int, out: list[Op]) -> None:
+  for line in bodies[name]:
+    m = _LINE.match(line)
+    if not m:
+      continue
+    kind = m['op']
+    called = lambda key, line=line: re.findall(rf'\b{key}=%?([\w.-]+)', line)
+    if kind == 'while':
+      _walk(bodies, called('body')[0], times * _trips(bodies, called('condition')[0], line), out)
+      continue
+    if kind in ('call', 'async-start'):
+      for inner in called('to_apply') + called('calls'):
+        _walk(bodies, inner, times, out)
+    if kind == 'conditional':
+      for inner in re.findall(r'%([\w.-]+)', re.search(r'branch_computations=\{(.*?)\}', line)[1]):
+        _walk(bodies, inner, times, out)
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+    where = re.search(r'op_name="([^"]*)"', line)
+    if kind.endswith('-done') or kind in ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant'):
+      continue
+    plain = kind.removesuffix('-start')
+    out.append(Op(m['name'], plain, times, int(cycles[1]) if cycles else 0, _size(m['shape'], plain != kind), plain != kind,
+                  where[1] if where else ''))
+
+
+def _trips(bodies, condition: str, line: str) -> int:
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+  if known:
+    return int(known[1])
+  limits = re.findall(r'= s32\[\]\S* constant\((\d+)\)', '\n'.join(bodies[condition]))
+  if len(limits) != 1:
+    raise ValueError(f'the loop with condition {condition} does not say how often it runs')
+  return int(limits[0])
+
+
+def _size(shape: str, started: bool) -> int:
+  """Bytes; of a started operation, whose shape is (operands, results, …), those of the largest array."""
+  arrays = [math.prod(map(int, filter(None, dims.split(',')))) * _BYTES.get(kind, 0)
+            for kind, dims in re.findall(r'(\w+)\[([\d,]*)\]', shape)]
+  return (max if started else sum)(arrays) if arrays else 0
