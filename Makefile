@@ -1,12 +1,12 @@
-# make quickstart | test | parity | bench | smollm2 | minilm | ladder | translate | classify. Each makes .venv first if need be; PYTHON=python3.12 chooses another
-# interpreter.
+# make quickstart | test | parity | bench | smollm2 | minilm | ladder | translate | classify | pods. Each makes .venv first if
+# need be; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify clean
+.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +69,10 @@ translate: $(VENV)/installed-test
 # Writes docs/classification.md: an encoder learns what is spam, beside TF-IDF and logistic regression.
 classify: $(VENV)/installed-test
 	$(BIN)/python benchmarks/classify.py
+
+# Writes docs/pods.md: steps compiled for TPU pods that are not here.
+pods: $(VENV)/installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/pods.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,10 @@
 """jaxlm: pretraining language models in JAX, from a laptop to TPU and GPU pods."""
 
+from jaxlm.cpu import order_collectives
+
 __version__ = '0.1.0'
+
+order_collectives()
 
 
 def load(workdir, step=None, mesh=None):

@@ -13,6 +13,7 @@ from jaxlm.schema import Config
 from jaxlm.data import mixture, pipeline as pipelines
 from jaxlm.errors import JaxlmError, Preempted, StorageError
 from jaxlm.metrics import say
+from jaxlm.models import pipeline as pipelined
 from jaxlm.optimizer import make_optimizer
 from jaxlm.signals import Signals
 from jaxlm.step import abstract_state, init_state, make_step
@@ -74,7 +75,8 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
     step_fn = compiling.result()
   timer.mark('compile')
   params = sum(a.size for a in jax.tree.leaves(state['params']))
-  say(f'{params / 1e6:.1f}M parameters on {dict(mesh.shape)}; {pipeline.epochs()}; '
+  sizes = ' × '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'one device'
+  say(f'{params / 1e6:.1f}M parameters on {sizes}{idle(config, mesh.shape["stage"])}; {pipeline.epochs()}; '
       + (f'goes on from step {first}' if restored else 'starts at step 0'))
   if first >= config.steps:
     say(f'already at step {first}; raise --config.steps to train on')
@@ -86,6 +88,13 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
   finally:
     log.close()
     checkpoints.close()
+
+
+def idle(config: Config, stages: int) -> str:
+  """What is lost to a pipeline's bubble, in words; '' without one."""
+  how = config.model.pipeline
+  share = pipelined.bubble(how, stages, how.pieces or stages)
+  return f', of which stages are idle {share:.0%} of the time' if stages > 1 else ''
 
 
 def abstract_batch(config: Config, mesh):

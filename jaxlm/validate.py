@@ -219,12 +219,12 @@ def check_mesh(c: Config, sizes: dict) -> None:
   if per % rows:
     raise UsageError(f'batch={c.batch} in {c.microbatches} microbatches gives {per} sequences, which mesh.data × '
                      f'mesh.fsdp × mesh.expert = {rows} does not divide; set batch to a multiple of {rows * c.microbatches}')
-  cut = {'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor',), 'D': ('fsdp', 'stage', 'expert')}
+  cut = {'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor', 'stage'), 'D': ('fsdp', 'stage', 'expert')}
   for letter, axes in cut.items():
     value, size = getattr(m, letter), math.prod(sizes[a] for a in axes)
     if value % size:
-      name = ' × '.join(f'mesh.{a}' for a in axes if sizes[a] > 1)
-      raise UsageError(f'model.{letter}={value}: {name} = {size} does not divide it; '
+      named = ' × '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes[a] > 1)
+      raise UsageError(f'model.{letter}={value}: {named} does not divide it; '
                        f'the next that fits is {-(-value // size) * size}')
   if sizes['expert'] > 1 and (not m.moe.E or m.moe.E % sizes['expert']):
     raise UsageError(f'model.moe.E={m.moe.E}: mesh.expert={sizes["expert"]} does not divide it; set mesh.expert to a divisor')
@@ -238,9 +238,10 @@ def check_mesh(c: Config, sizes: dict) -> None:
   if sizes['context'] > 1 and m.moe.E and m.moe.dispatch == 'capacity':
     raise UsageError(f'model.moe.dispatch=capacity: places go by order in a row, which mesh.context={sizes["context"]} cuts; '
                      'set dropless, or mesh.context=1')
-  whole, axis = (c.length, 'context') if c.loss.over == 'length' else (m.V, 'tensor')
-  if m.kind == 'decoder' and whole // sizes[axis] % c.loss.chunks:
-    raise UsageError(f'loss.chunks={c.loss.chunks}: does not divide {whole} / mesh.{axis} = {whole // sizes[axis]}')
+  whole, parts = (c.length, sizes['context']) if c.loss.over == 'length' else (m.V, sizes['tensor'] * sizes['stage'])
+  if m.kind == 'decoder' and whole // parts % c.loss.chunks:
+    raise UsageError(f'loss.chunks={c.loss.chunks}: does not divide {whole} / {parts} = {whole // parts}, what a device has of the '
+                     f'{c.loss.over}')
 
 
 def _check_stages(c: Config, stages: int, rows: int) -> None:

@@ -3,13 +3,15 @@ import importlib.metadata
 import os
 import pathlib
 
+from jaxlm import cpu
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.jax_cache'))  # child processes use it too
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Compiling is most of the time of small tests: without LLVM's optimizations it takes 0.6 of it, and with the older emitters of
 # fusions, which newer versions no longer have, half of that. Child processes that run the command line as people do get none of
 # this (XLA_FLAGS='').
-FLAGS = ['--xla_backend_optimization_level=0']
+FLAGS = ['--xla_backend_optimization_level=0', cpu.ORDERED]
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 os.environ.setdefault('XLA_FLAGS', ' '.join(FLAGS))

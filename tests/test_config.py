@@ -46,6 +46,34 @@ def test_bad_override_names_key_value_and_mend(override, says):
     assert part in text, text
 
 
+PODS = [  # overrides on eight devices, and what the line must say
+    ({'mesh.context': '2', 'length': '254', 'loss.chunks': '2'}, ['length=254', 'mesh.context=2', 'multiple of 4']),
+    ({'mesh.context': '8', 'loss.chunks': '64'}, ['loss.chunks=64', '256 / 8 = 32']),
+    ({'mesh.expert': '2'}, ['model.moe.E=0', 'mesh.expert=2']),
+    ({'mesh.expert': '4', 'model.moe.E': '6', 'model.moe.F': '64'}, ['model.moe.E=6', 'mesh.expert=4']),
+    ({'mesh.stage': '8'}, ['model.N=4', 'mesh.stage=8']),
+    ({'mesh.stage': '2', 'model.pipeline.rounds': '4'}, ['model.N=4', 'model.pipeline.rounds=4']),
+    ({'mesh.stage': '2', 'batch': '4', 'mesh.fsdp': '4'}, ['model.pipeline.pieces=2', '1 sequences', 'batch=4']),
+    ({'mesh.stage': '2', 'model.dropout': '0.1'}, ['model.dropout=0.1', 'mesh.stage=1']),
+    ({'mesh.stage': '2', 'model.pattern': 'local global global global', 'model.window': '8'}, ['mesh.stage=2', 'model.pattern']),
+    ({'mesh.context': '2', 'model.kind': 'rnn'}, ['model.kind=rnn', 'mesh.context=2', 'set 1']),
+    ({'mesh.context': '2', 'model.moe.E': '4', 'model.moe.F': '64', 'model.moe.dispatch': 'capacity'}, ['capacity', 'mesh.context=2']),
+    ({'model.context': 'rings'}, ['model.context', "'rings'", 'did you mean ring']),
+    ({'loss.over': 'vocabulary', 'loss.chunks': '7'}, ['loss.chunks=7', 'model.V=']),
+]
+
+
+@pytest.mark.parametrize('overrides, says', PODS, ids=[' '.join(f'{k}={v}' for k, v in o.items()) for o, _ in PODS])
+def test_what_a_mesh_cannot_cut_is_one_line(overrides, says):
+  whole = {'mesh.data': '1', 'mesh.fsdp': '1', 'model.N': '4', 'model.H': '4', 'model.G': '4', **overrides}
+  with pytest.raises(UsageError) as e:
+    configs.load(FILE, list(whole.items()))
+  text = str(e.value)
+  assert '\n' not in text
+  for part in says:
+    assert part in text, text
+
+
 def test_good_overrides_reach_the_config():
   c = configs.load(FILE, [('optimizer.lr', '1'), ('steps', '2_000'), ('model.scan', 'true'), ('data.source', 'text:*')])
   assert (c.optimizer.lr, c.steps, c.model.scan, c.data.source) == (1.0, 2000, True, 'text:*')

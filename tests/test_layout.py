@@ -1,10 +1,12 @@
 """The sharding tables and the mesh."""
 import jax
+import numpy as np
 import pytest
 from jax import P
 from jax.sharding import AxisType
 
 from jaxlm import layout
+from jaxlm.kernels import context
 from jaxlm.schema import MeshConfig
 from jaxlm.errors import UsageError
 
@@ -16,6 +18,22 @@ def test_specs_follow_from_letters():
   assert layout.spec('EDF', 'weight') == P('expert', ('fsdp', 'stage'), 'tensor')
   assert layout.spec('BLD', 'residual') == P(('data', 'fsdp', 'expert'), ('context', 'tensor'), None)
   assert layout.spec('DHK', 'gathered') == P(None, 'tensor', None)
+
+
+def test_zigzag_is_its_own_list_of_places_and_comes_back():
+  with jax.set_mesh(layout.make_mesh(MeshConfig(1, 2, 1, 4), jax.devices())):
+    a_BL = jax.device_put(np.arange(2 * 32).reshape(2, 32), layout.spec('BL'))
+    there_BL = jax.jit(context.zigzag)(a_BL)
+    places_L = context.places(32, 4)
+    np.testing.assert_array_equal(there_BL, np.asarray(a_BL)[:, places_L])
+    np.testing.assert_array_equal(context.PlaceOf(32, 4)(np.arange(32)), places_L)
+    np.testing.assert_array_equal(jax.jit(lambda a: context.zigzag(a, back=True))(there_BL), a_BL)
+  assert places_L[:8].tolist() == [0, 1, 2, 3, 28, 29, 30, 31]  # as many keys before it as any other device's
+
+
+def test_serving_needs_no_context_and_no_stages():
+  assert layout.serving(MeshConfig(2, 4, 1, context=2, stage=3)) == MeshConfig(2, 24, 1)
+  assert layout.serving(MeshConfig(2, -1, 2, context=2)) == layout.serving(MeshConfig(2, 4, 2, context=-1)) == MeshConfig(2, -1, 2)
 
 
 def test_an_axis_cannot_cut_two_dimensions():

@@ -67,7 +67,8 @@ def test_state_for_256_devices_and_published_count(name):
   """No large parameter or moment is whole on every device; the planner's estimate is near."""
   c = load(name)
   four = c.model.G % 4 == 0 and c.model.H % 4 == 0
-  mesh = AbstractMesh((1, 64, 4) if four else (1, 64, 1), layout.AXES, axis_types=(AxisType.Explicit,) * 3)
+  sizes = {'fsdp': 64, 'tensor': 4 if four else 1}
+  mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in layout.AXES), layout.AXES, axis_types=(AxisType.Explicit,) * len(layout.AXES))
   with jax.sharding.use_abstract_mesh(mesh):
     state = abstract_state(c, make_optimizer(c.optimizer, c.steps)[0])
   for a in jax.tree.leaves(state):

@@ -1,0 +1,38 @@
+"""What a step costs, counted from the config alone."""
+from jaxlm.schema import GATED, Config, ModelConfig, layer_kinds
+
+
+def weights_of_a_token(m: ModelConfig) -> int:
+  """Parameters that each token of a decoder is multiplied with: of mixtures only those of its experts; no table that is only
+  looked up, no norms and biases."""
+  per_ffn = (3 if m.mlp in GATED else 2) * m.D
+  if m.mla.kv:
+    a = m.mla
+    query = (m.D + m.H * m.K) * a.q if a.q else m.D * m.H * m.K
+    attention = query + m.D * (a.kv + a.rope) + a.kv * m.H * (m.K - a.rope + a.v) + m.H * a.v * m.D
+  else:
+    attention = 2 * m.D * m.K * (m.H + m.G)
+  feeds = {'mlp': per_ffn * m.F, 'moe': m.D * m.moe.E + per_ffn * (m.moe.top_k * m.moe.F + m.moe.shared)}
+  return m.N * attention + sum(feeds[feed] for _, feed in layer_kinds(m)) + m.V * m.D
+
+
+def scores(m: ModelConfig, length: int) -> float:
+  """Σ over layers of the keys that a token sees on average, in rows of one document: causal, so half of the length; fewer where
+  the pattern is local."""
+  def seen(where):
+    w = m.window
+    return length / 2 if where != 'local' or w >= length else w - w * w / (2 * length)
+  return sum(seen(where) for where, _ in layer_kinds(m))
+
+
+def model_flops(c: Config) -> float:
+  """Of a step of a decoder: forward once and backward twice, each multiply-add as 2. Scores that a causal mask hides are not
+  counted, nor is anything that is computed again (Chowdhery et al. 2022, PaLM, appendix B, but for the mask)."""
+  m = c.model
+  attention = 2 * m.H * (m.K + (m.mla.v or m.K)) * scores(m, c.length)
+  return 3. * (2 * weights_of_a_token(m) + attention) * c.batch * c.length
+
+
+def mfu(c: Config, seconds: float, chips: int, peak: float) -> float:
+  """Model FLOPs utilisation: model_flops ÷ what so many chips could have done."""
+  return model_flops(c) / (seconds * chips * peak)
