@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import layout
 from jaxlm.kernels import on_mesh
 from jaxlm.models import decoder, kinds, stack
 from jaxlm.objectives import token_loss

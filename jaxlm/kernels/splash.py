@@ -3,7 +3,6 @@ chip's own memory, and blocks that the mask empties are not visited. Elsewhere i
 
 `forward` and `backward` are its two halves, for kernels that go over keys a piece at a time (ring.py).
 """
-import functools
 
 import jax
 import jax.numpy as jnp
