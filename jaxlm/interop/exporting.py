@@ -124,7 +124,10 @@ def _write_sentence_files(folder: pathlib.Path, lm) -> None:
 
 def get(params, path: str, index) -> np.ndarray:
   leaf = functools.reduce(lambda tree, key: tree[key], path.split('/'), params)
-  return np.asarray(jax.device_get(leaf[index] if index else leaf))
+  if index:  # of layers, which no mesh cuts, and of experts, which one may
+    rest = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.P(*leaf.sharding.spec[len(index):]))
+    leaf = leaf.at[index].get(out_sharding=rest)
+  return np.asarray(jax.device_get(leaf))
 
 
 def write_json(file: pathlib.Path, value: dict | list) -> None:
