@@ -33,7 +33,8 @@ from jaxlm import config as configs
 from jaxlm.errors import JaxlmError, UsageError
 from jaxlm.look import command as looking
 from jaxlm.memory import restart_with_kept_memory
-from jaxlm.schema import MeshConfig, approximate_params
+from jaxlm.plan.cost import approximate_params
+from jaxlm.schema import MeshConfig
 from jaxlm.signals import Signals
 
 

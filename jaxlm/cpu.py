@@ -11,5 +11,5 @@ def order_collectives() -> None:
   for ever: on a busy machine with 2 cores, half of the runs of a step on 2 × 2 × 2 devices did (XLA ends such a process after 40
   seconds); none of 12 did with this.
   """
-  if int(os.environ.get('JAX_NUM_CPU_DEVICES', '1')) > 1 and ORDERED.split('=')[0] not in os.environ.get('XLA_FLAGS', ''):
+  if os.environ.get('JAX_NUM_CPU_DEVICES', '') not in ('', '0', '1', '-1') and ORDERED.split('=')[0] not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {ORDERED}'.strip()

@@ -146,7 +146,8 @@ class ModelConfig:
   dtype: str = 'float32'    # of compute: float32 | bfloat16; master weights are always float32
   attention: str = 'auto'   # auto | dot_product | blocked | plain | splash (TPU)
   remat: str = 'none'       # what the backward pass recomputes: none | dots | full
-  context: str = 'ring'     # how attention crosses mesh.context: ring (keys go round) | gather (all keys to all)
+  context: str = 'ring'     # how attention crosses mesh.context: gather (all keys to all) | ring (keys go round; on_mesh.goes_round
+                            # says which layers then gather all the same)
   scan: bool = True         # True: one compiled layer, looped; False: unrolled (on CPU 7% faster, compiles longer)
   rope: RopeConfig = RopeConfig()
   relative: RelativeConfig = RelativeConfig()
@@ -362,18 +363,3 @@ def span_lengths(o: ObjectiveConfig) -> tuple[int, int]:
   while lengths(tokens + 1)[0] <= o.source:
     tokens += 1
   return tokens, lengths(tokens)[1]
-
-
-def approximate_params(m: ModelConfig) -> int:
-  """Parameters but norms and biases, with no model built: what memory to keep, before jax is there."""
-  per_token = 3 if m.mlp in GATED else 2
-  if m.mla.kv:
-    a = m.mla
-    query = (m.D + m.H * m.K) * a.q if a.q else m.D * m.H * m.K
-    attention = query + m.D * (a.kv + a.rope) + a.kv * m.H * (m.K - a.rope + a.v) + m.H * a.v * m.D
-  else:
-    attention = 2 * m.D * m.K * (m.H + m.G)
-  mixtures = sum(kind == 'moe' for _, kind in layer_kinds(m))
-  moe = m.D * m.moe.E + per_token * m.D * (m.moe.E * m.moe.F + m.moe.shared)
-  return (m.N * attention + (m.N - mixtures) * per_token * m.D * m.F + mixtures * moe
-          + (m.V * (1 if m.tied else 2) + m.P) * m.D)

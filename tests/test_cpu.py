@@ -9,7 +9,7 @@ from jaxlm import cpu
 
 
 @pytest.mark.parametrize('devices, flags, expected', [
-    ('1', '--xla_dump_to=x', '--xla_dump_to=x'), ('8', '', cpu.ORDERED), ('8', '--xla_dump_to=x', f'--xla_dump_to=x {cpu.ORDERED}'),
+    ('1', '--xla_dump_to=x', '--xla_dump_to=x'), ('', '', ''), ('8', '', cpu.ORDERED), ('8', '--xla_dump_to=x', f'--xla_dump_to=x {cpu.ORDERED}'),
     ('8', cpu.ORDERED.replace('false', 'true'), cpu.ORDERED.replace('false', 'true'))])
 def test_collectives_are_ordered_on_several_devices_unless_the_user_says_otherwise(devices, flags, expected):
   env = {**os.environ, 'JAX_NUM_CPU_DEVICES': devices, 'XLA_FLAGS': flags}

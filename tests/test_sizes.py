@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxlm import config as configs, layout, schema
 from jaxlm.interop import convert
 from jaxlm.optimizer import make_optimizer
+from jaxlm.plan import cost
 from jaxlm.step import abstract_state
 
 
@@ -75,7 +76,7 @@ def test_state_for_256_devices_and_published_count(name):
     replicated = a.sharding is None or all(axis is None for axis in a.sharding.spec)
     assert not replicated or a.size <= 2 ** 22, a
   allocated = sum(a.size for a in jax.tree.leaves(state['params']))
-  assert 0 <= allocated - schema.approximate_params(c.model) < 0.002 * allocated
+  assert 0 <= allocated - cost.approximate_params(c.model) < 0.002 * allocated
   published = PUBLISHED[name]
   if isinstance(published, str):
     digits = len(published.partition('.')[2]) - 1 if '.' in published else 0

@@ -23,7 +23,7 @@ def forward(cfg: ModelConfig, params: dict, batch: dict, training: Training | No
   """batch: tokens int32 [B, L] in [0, V), positions int32 (from 0 in each document), segments int32 (which document of the
   row; equal = may attend; 0 is padding)."""
   key = training and training.dropout
-  batch = {name: context.zigzag(batch[name]) for name in ('tokens', 'positions', 'segments')}
+  batch = {name: context.zigzag(batch[name]) for name in ('tokens', 'positions', 'segments', 'types') if name in batch}
   x_BLD = embedding.embed(cfg, params['embed'], params, batch, key)
   x_BLD, reports = through(cfg, params, x_BLD, batch['positions'], batch['segments'], key)
   return Hidden(context.zigzag(x_BLD, back=True), embedding.unembedding(cfg, params), reports, carry)

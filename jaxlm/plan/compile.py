@@ -39,7 +39,7 @@ def devices(topology: str, slices: int = 1):
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else libtpu asks a cloud's metadata server what machine this is
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=topology, num_slices=slices).devices
-  except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as e:
+  except RuntimeError as e:
     raise UsageError(f'--topology={topology}: {str(e).splitlines()[0]}') from e
 
 

@@ -1,19 +1,32 @@
-"""What a step costs, counted from the config alone."""
+"""What a model and a step cost, counted from the config alone; nothing here imports jax."""
 from jaxlm.schema import GATED, Config, ModelConfig, layer_kinds
+
+
+def _attention(m: ModelConfig) -> int:
+  """Weights of a layer's projections."""
+  if not m.mla.kv:
+    return 2 * m.D * m.K * (m.H + m.G)
+  a = m.mla
+  query = (m.D + m.H * m.K) * a.q if a.q else m.D * m.H * m.K
+  return query + m.D * (a.kv + a.rope) + a.kv * m.H * (m.K - a.rope + a.v) + m.H * a.v * m.D
+
+
+def _layers(m: ModelConfig, experts: int) -> int:
+  """Weights of all layers, with so many experts in each mixture."""
+  per_ffn = (3 if m.mlp in GATED else 2) * m.D
+  feeds = {'mlp': per_ffn * m.F, 'moe': m.D * m.moe.E + per_ffn * (experts * m.moe.F + m.moe.shared)}
+  return m.N * _attention(m) + sum(feeds[feed] for _, feed in layer_kinds(m))
+
+
+def approximate_params(m: ModelConfig) -> int:
+  """Parameters but norms and biases, with no model built: what memory to keep, before jax is there."""
+  return _layers(m, m.moe.E) + (m.V * (1 if m.tied else 2) + m.P) * m.D
 
 
 def weights_of_a_token(m: ModelConfig) -> int:
   """Parameters that each token of a decoder is multiplied with: of mixtures only those of its experts; no table that is only
   looked up, no norms and biases."""
-  per_ffn = (3 if m.mlp in GATED else 2) * m.D
-  if m.mla.kv:
-    a = m.mla
-    query = (m.D + m.H * m.K) * a.q if a.q else m.D * m.H * m.K
-    attention = query + m.D * (a.kv + a.rope) + a.kv * m.H * (m.K - a.rope + a.v) + m.H * a.v * m.D
-  else:
-    attention = 2 * m.D * m.K * (m.H + m.G)
-  feeds = {'mlp': per_ffn * m.F, 'moe': m.D * m.moe.E + per_ffn * (m.moe.top_k * m.moe.F + m.moe.shared)}
-  return m.N * attention + sum(feeds[feed] for _, feed in layer_kinds(m)) + m.V * m.D
+  return _layers(m, m.moe.top_k) + m.V * m.D
 
 
 def scores(m: ModelConfig, length: int) -> float:
