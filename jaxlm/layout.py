@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import P
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.schema import Config, MeshConfig
@@ -91,7 +92,15 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
     raise UsageError(f'mesh {text} does not fit {len(devices)} devices; set one axis to -1 to fill')
   shape = tuple(len(devices) // known if s == -1 else s for s in sizes.values())
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+  types = (AxisType.Explicit,) * len(AXES)
+  slices = len({getattr(d, 'slice_index', 0) for d in devices}) if devices[0].platform == 'tpu' else 1
+  if slices == 1:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  if shape[0] % slices:
+    raise UsageError(f'mesh.data={shape[0]}: only this axis may cross the network between the {slices} slices; set a multiple of it')
+  across = (slices,) + (1,) * (len(AXES) - 1)
+  inside = (shape[0] // slices, *shape[1:])
+  return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
 
 
 def serving(config: MeshConfig) -> MeshConfig:

@@ -144,7 +144,7 @@ class ModelConfig:
   dropout: float = 0.
   init_std: float = 0.02    # of embeddings and projections; those back into the residual get ÷ √(2N)
   dtype: str = 'float32'    # of compute: float32 | bfloat16; master weights are always float32
-  attention: str = 'auto'   # auto | dot_product | blocked | plain | splash (TPU)
+  attention: str = 'auto'   # auto | dot_product | blocked | plain | splash (TPU) | cudnn (GPU)
   remat: str = 'none'       # what the backward pass recomputes: none | dots | full
   context: str = 'ring'     # how attention crosses mesh.context: gather (all keys to all) | ring (keys go round; on_mesh.goes_round
                             # says which layers then gather all the same)

@@ -16,7 +16,7 @@ CHOICES = {
     'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs', 'answer', 'classify', 'tag', 'span'),
     'data.order': ('shuffled', 'contiguous'), 'data.form': ('text', 'tags', 'span', 'chat'),
     'model.mlp': ('swiglu', 'geglu', 'gelu', 'gelu_exact', 'relu', 'silu'), 'model.bias': ('none', 'all', 'qkv', 'not_qkv'),
-    'model.dtype': ('float32', 'bfloat16'), 'model.attention': ('auto', 'dot_product', 'blocked', 'plain', 'splash'),
+    'model.dtype': ('float32', 'bfloat16'), 'model.attention': ('auto', 'dot_product', 'blocked', 'plain', 'splash', 'cudnn'),
     'loss.over': ('length', 'vocabulary'), 'model.remat': ('none', 'dots', 'full'), 'model.context': ('ring', 'gather'),
     'model.rope.scaling': ('none', 'linear', 'llama3', 'yarn'),
     'model.moe.score': ('softmax', 'sigmoid'), 'model.moe.dispatch': ('dropless', 'capacity'),

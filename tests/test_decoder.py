@@ -28,7 +28,7 @@ def tokens(cfg, B=4, L=32, seed=0):
   return np.random.default_rng(seed).integers(0, cfg.V, (B, L), dtype=np.int32)
 
 
-@pytest.mark.parametrize('kernel', sorted(set(on_mesh.ATTENTION) - {'splash'}))
+@pytest.mark.parametrize('kernel', sorted(on_mesh.ON_ALL))
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
 def test_causal_by_gradient(one_device, family, kernel):
   """No logit depends on a later token's embedding, and each depends on its own and earlier ones."""
@@ -45,7 +45,7 @@ def test_causal_by_gradient(one_device, family, kernel):
   assert (g_VD[at + 1:] == 0).all()
 
 
-@pytest.mark.parametrize('kernel', sorted(set(on_mesh.ATTENTION) - {'splash'}))
+@pytest.mark.parametrize('kernel', sorted(on_mesh.ON_ALL))
 @pytest.mark.parametrize('family', ['llama', 'gpt2'])
 def test_packed_equals_unpacked(one_device, family, kernel):
   """Three documents in one row give the logits they give alone."""

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UsageError
-from jaxlm.kernels import on_mesh, splash
+from jaxlm.kernels import cudnn, on_mesh, splash
 from jaxlm.kernels.patterns import How, Rows
 from jaxlm.schema import ModelConfig
 from tests import common
 
 B, L, H, G, K = 2, 16, 8, 4, 8
-DENSE = sorted(set(on_mesh.ATTENTION) - {'splash'})  # splash wants longer rows
+DENSE = sorted(on_mesh.ON_ALL)
 HOWS = [How(0.3), How(0.3, 'local', window=5), How(0.3, cap=1.5), How(0.3, 'local', window=1, cap=2.), How(0.3, causal=False),
         How(0.3, 'local', window=4, causal=False), How(0.3, 'stride', window=3), How(0.3, 'local+stride', window=4),
         How(0.3, 'block+summary', window=4, first=1), How(0.3, 'block+summary', window=4, first=2, causal=False),
@@ -104,6 +104,33 @@ def test_splash_is_chosen_on_tpu_where_it_can_and_refused_by_name_where_not():
   assert splash.refusal(How(1.), 256, 256) == ''
   for how, lengths, word in ((How(1., 'block', window=4), (256, 256), 'block'), (How(1.), (100, 256), '100')):
     with pytest.raises(UsageError, match=f'model.attention=splash.*{word}'):
-      on_mesh.chosen('splash', 'tpu', splash.refusal(how, *lengths))
-    assert on_mesh.chosen('auto', 'tpu', splash.refusal(how, *lengths)) == 'dot_product'
-  assert on_mesh.chosen('auto', 'tpu', '') == 'splash'
+      on_mesh.chosen('splash', 'tpu', {'splash': splash.refusal(how, *lengths)})
+    assert on_mesh.chosen('auto', 'tpu', {'splash': splash.refusal(how, *lengths)}) == 'dot_product'
+  assert on_mesh.chosen('auto', 'tpu', {'splash': ''}) == 'splash'
+
+
+@pytest.mark.parametrize('how', [how for how in HOWS if not how.cap], ids=str)
+def test_what_cudnn_is_asked_for_is_what_plain_makes(how, monkeypatch):
+  """With jax.nn's own operations in place of its kernel, which only GPUs have: masks, windows and causality."""
+  asked = []
+
+  def by_xla(*args, implementation, **kwargs):
+    asked.append(implementation)
+    return dot_product_attention(*args, **kwargs)
+  dot_product_attention = jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', by_xla)
+  q, k, v, rows, k_rows, _ = arrays()
+  found, expected = (both(name, how, q, k, v, rows, rows, None) for name in ('cudnn', 'plain'))
+  common.assert_trees_close(found, expected, atol=2e-5)
+  assert set(asked) == {'cudnn'}
+
+
+def test_cudnn_is_chosen_on_gpu_where_it_can_and_refused_by_name_where_not():
+  half = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
+  q, k = half(1, 8, 4, 64), half(1, 8, 2, 64)
+  assert cudnn.refusal(How(1.), q, k, k) == '' and on_mesh.chosen('auto', 'gpu', {'cudnn': ''}) == 'cudnn'
+  for how, q, v, word in ((How(1., cap=2.), q, k, 'caps'), (How(1.), q, half(1, 8, 2, 32), '64 and 32'),
+                          (How(1.), q.astype(jnp.float32), k, 'float32')):
+    with pytest.raises(UsageError, match=f'model.attention=cudnn.*{word}'):
+      on_mesh.chosen('cudnn', 'gpu', {'cudnn': cudnn.refusal(how, q, k, v)})
+    assert on_mesh.chosen('auto', 'gpu', {'cudnn': cudnn.refusal(how, q, k, v)}) == 'dot_product'

@@ -11,18 +11,20 @@ import jax.numpy as jnp
 
 from jaxlm import layout
 from jaxlm.errors import UsageError
-from jaxlm.kernels import context, dense, splash
+from jaxlm.kernels import context, cudnn, dense, splash
 from jaxlm.kernels.patterns import How, Rows, allowed
 from jaxlm.schema import ModelConfig
 
-ATTENTION = {'dot_product': dense.dot_product, 'blocked': dense.blocked, 'plain': dense.plain, 'splash': splash.splash}
+ON_ALL = {'dot_product': dense.dot_product, 'blocked': dense.blocked, 'plain': dense.plain}  # platforms, and any length
+ATTENTION = {**ON_ALL, 'splash': splash.splash, 'cudnn': cudnn.cudnn}
 
 
 def attend(cfg: ModelConfig, how: How, q_BLHK, k_BMGK, v_BMGK, q_rows: Rows, k_rows: Rows, bias_HLM=None):
   """Attention on the mesh by the kernel that the config names; 'auto' is the fastest known for the mesh's platform that can do
   this. Rows that mesh.context cuts are in zigzag order (context.py)."""
   L, M, S = q_BLHK.shape[1], k_BMGK.shape[1], layout.shards('L')
-  name = chosen(cfg.attention, layout.platform(), splash.refusal(how, L // S, M // S, bias_HLM))
+  refused = {'splash': splash.refusal(how, L // S, M // S, bias_HLM), 'cudnn': cudnn.refusal(how, q_BLHK, k_BMGK, v_BMGK, bias_HLM)}
+  name = chosen(cfg.attention, layout.platform(), refused)
   arrays, of_row = (q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows), ()
   if S == 1:
     kernel = functools.partial(ATTENTION[name], how)
@@ -53,13 +55,17 @@ def goes_round(cfg: ModelConfig, name: str, how: How, L: int) -> bool:
   return cfg.context == 'ring' and how.causal and able
 
 
-def chosen(name: str, platform: str, refused: str) -> str:
-  """The kernel to use on a platform; refused: why it is not splash."""
-  if name == 'splash' and refused:
-    raise UsageError(f'model.attention=splash: {refused}; set auto')
+FASTEST = {'cpu': 'blocked', 'tpu': 'splash', 'gpu': 'cudnn'}  # on each platform, where it can
+
+
+def chosen(name: str, platform: str, refused: dict[str, str]) -> str:
+  """The kernel to use on a platform; refused: kernel → why it cannot do this, or ''."""
+  if refused.get(name):
+    raise UsageError(f'model.attention={name}: {refused[name]}; set auto')
   if name != 'auto':
     return name
-  return {'cpu': 'blocked', 'tpu': 'dot_product' if refused else 'splash'}.get(platform, 'dot_product')
+  fastest = FASTEST.get(platform, 'dot_product')
+  return 'dot_product' if refused.get(fastest) else fastest
 
 
 def shown(how: How, q_BLHK, k_BMGK, v_BMGK, q_rows: Rows, k_rows: Rows, bias_HLM=None):

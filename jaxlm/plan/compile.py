@@ -1,6 +1,7 @@
 """A run's step compiled for a pod that is not here: the real compiler, given the pod's topology, runs on this machine's CPU.
 
-Nothing is allocated and no chip is touched. It wants the package libtpu (`pip install 'jaxlm[tpu]'`).
+Nothing is allocated and no chip is touched. It wants the compilers: for TPUs the package libtpu, for GPUs XLA's CUDA plugin with
+ptxas and cuDNN (`pip install 'jaxlm[pods]'`).
 """
 import dataclasses
 import os
@@ -12,7 +13,8 @@ from jax.experimental import topologies
 from jaxlm import layout
 from jaxlm.errors import UsageError
 from jaxlm.optimizer import make_optimizer
-from jaxlm.plan import hlo
+from jaxlm.plan import gpus, hlo
+from jaxlm.plan.topology import Topology, parse
 from jaxlm.schema import Config
 from jaxlm.step import abstract_state, make_step
 from jaxlm.train import abstract_batch
@@ -34,23 +36,35 @@ class Compiled:
   ops: list[hlo.Op]
 
 
-def devices(topology: str, slices: int = 1):
-  """The chips of 'v5p:4x4x8', as many slices of them. UsageError if the compiler knows no such topology."""
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else libtpu asks a cloud's metadata server what machine this is
+def devices(pod: Topology):
+  """The devices of a pod, as the compiler describes them. UsageError if it is not installed or knows no such topology."""
   try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=topology, num_slices=slices).devices
+    return _gpus(pod) if pod.is_gpu else _tpus(pod)
   except RuntimeError as e:
-    raise UsageError(f'--topology={topology}: {str(e).splitlines()[0]}') from e
+    raise UsageError(f'--topology={pod.name}: {str(e).splitlines()[0]}') from e
+
+
+def _tpus(pod: Topology):
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else libtpu asks a cloud's metadata server what machine this is
+  more = {'chip_config_name': 'megacore'} if pod.kind == 'v4' else {}  # both cores of a chip as one device, as its runtime has them
+  return topologies.get_topology_desc(platform='tpu', topology_name=pod.name, num_slices=pod.slices, **more).devices
+
+
+def _gpus(pod: Topology):
+  hosts, each = pod.shape
+  return topologies.get_topology_desc(pod.name, platform='cuda', target_config=gpus.target(pod.kind), topology=f'1x{hosts}x{each}').devices
 
 
 def step(config: Config, topology: str, slices: int = 1, options: dict[str, str] | None = None) -> Compiled:
   """The train step of a config on its mesh over all chips of the pod. options: the compiler's own."""
-  mesh = layout.make_mesh(config.mesh, devices(topology, slices))
+  pod = parse(topology, slices)
+  mesh = layout.make_mesh(config.mesh, devices(pod))
   check_mesh(config, dict(mesh.shape))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     tx, schedule = make_optimizer(config.optimizer, config.steps)
     state = layout.named(abstract_state(config, tx), mesh)
-    lowered = jax.jit(make_step(config, tx, schedule), donate_argnums=0).lower(state, abstract_batch(config, mesh))
+    lowered = jax.jit(make_step(config, tx, schedule), donate_argnums=0).trace(state, abstract_batch(config, mesh)).lower(
+        lowering_platforms=('cuda' if pod.is_gpu else 'tpu',))
   start = time.monotonic()
   cached = jax.config.jax_enable_compilation_cache
   jax.config.update('jax_enable_compilation_cache', False)  # what it would keep cannot be loaded where there is no chip
