@@ -9,13 +9,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import P
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.schema import Config, MeshConfig
-from jaxlm.validate import check_mesh
+from jaxlm.validate import check_mesh, filled
 from jaxlm.errors import UsageError
 
 # From the axis whose devices may lie farthest apart to that whose devices must be neighbours.
@@ -81,26 +80,20 @@ def platform() -> str:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """An Explicit mesh of AXES over `devices` (all of the job's if None); −1 is filled.
-
-  UsageError if the axes do not use exactly these devices: a run never silently leaves some idle.
-  """
+  """An Explicit mesh of AXES over `devices` (all of the job's if None); −1 is filled. UsageError if they do not fit."""
   devices = jax.devices() if devices is None else devices
-  sizes = {axis: getattr(config, axis) for axis in AXES}
-  known = int(np.prod([s for s in sizes.values() if s != -1]))
-  text = ' × '.join(f'{a}={s}' for a, s in sizes.items())
-  if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
-    raise UsageError(f'mesh {text} does not fit {len(devices)} devices; set one axis to -1 to fill')
-  shape = tuple(len(devices) // known if s == -1 else s for s in sizes.values())
+  sizes = filled(config, len(devices))
+  shape = tuple(sizes[axis] for axis in AXES)
   types = (AxisType.Explicit,) * len(AXES)
   slices = len({getattr(d, 'slice_index', 0) for d in devices}) if devices[0].platform == 'tpu' else 1
   if slices == 1:
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)  # if need be: fsdp 32 of 16 × 16, say
+    return Mesh(grid, AXES, axis_types=types)
   if shape[0] % slices:
     raise UsageError(f'mesh.data={shape[0]}: only this axis may cross the network between the {slices} slices; set a multiple of it')
   across = (slices,) + (1,) * (len(AXES) - 1)
   inside = (shape[0] // slices, *shape[1:])
-  return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+  return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True), AXES, axis_types=types)
 
 
 def serving(config: MeshConfig) -> MeshConfig:
@@ -120,6 +113,8 @@ def run_mesh(config: Config, devices=None) -> Mesh:
 def named(tree, mesh: Mesh):
   """Abstract arrays with the shardings that eval_shape found, bound to real devices (Orbax and AOT want that)."""
   def bind(a):
-    sharding = jax.sharding.NamedSharding(mesh, a.sharding.spec if a.sharding is not None else P())
+    sharding = jax.sharding.NamedSharding(mesh, P())
+    if a.sharding is not None:
+      sharding = jax.sharding.NamedSharding(mesh, a.sharding.spec, memory_kind=a.sharding.memory_kind)
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
   return jax.tree.map(bind, tree)

@@ -87,6 +87,29 @@ def make_optimizer(c: OptimizerConfig, steps: int):
   return _only_pairs(tx), schedule
 
 
+def at_rest(c: OptimizerConfig, state):
+  """An optimizer's state as it is between steps: with c.offload its moments in the host's memory. Counts stay on the device."""
+  return _brought(jax.memory.Space.Host, state) if c.offload else state
+
+
+def in_use(c: OptimizerConfig, state):
+  """The inverse of `at_rest`."""
+  return _brought(jax.memory.Space.Device, state) if c.offload else state
+
+
+def _brought(space, state):
+  return jax.tree.map(lambda a: jax.device_put(a, space) if a.ndim else a, state)
+
+
+def abstract_at_rest(c: OptimizerConfig, state):
+  """at_rest of abstract arrays, which know of memory by their shardings alone."""
+  def one(a):
+    mesh, spec = jax.sharding.get_abstract_mesh(), a.sharding.spec if a.sharding is not None else jax.P()
+    sharding = jax.sharding.NamedSharding(mesh, spec, memory_kind='pinned_host')
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) if a.ndim else a
+  return jax.tree.map(one, state) if c.offload else state
+
+
 def _only_pairs(tx: optax.GradientTransformation) -> optax.GradientTransformation:
   """tx for params['lora'] if there is one, no update for the rest; tx itself if there is none."""
   def init(params):

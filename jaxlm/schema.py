@@ -144,8 +144,12 @@ class ModelConfig:
   dropout: float = 0.
   init_std: float = 0.02    # of embeddings and projections; those back into the residual get ÷ √(2N)
   dtype: str = 'float32'    # of compute: float32 | bfloat16; master weights are always float32
+  matmul: str = 'full'      # of the layers' projections, forward and backward: full (dtype) | int8 | fp8 (models/quantised.py; Qwix)
   attention: str = 'auto'   # auto | dot_product | blocked | plain | splash (TPU) | cudnn (GPU)
-  remat: str = 'none'       # what the backward pass recomputes: none | dots | full
+  remat: str = 'none'       # what the backward pass recomputes: none | dots (all but matrix products) | all of a layer but the
+                            # tensors that it names (tensors.REMAT: full | attention | qkv | minimal), and of these also not
+  save: str = ''            # … these, which are kept on the device, and
+  offload: str = ''         # … these, which are kept in the host's memory: names of tensors.TENSORS, as 'q k v'
   context: str = 'ring'     # how attention crosses mesh.context: gather (all keys to all) | ring (keys go round; on_mesh.goes_round
                             # says which layers then gather all the same)
   scan: bool = True         # True: one compiled layer, looped; False: unrolled (on CPU 7% faster, compiles longer)
@@ -204,6 +208,7 @@ class OptimizerConfig:
   weight_decay: float = 0.1
   no_decay: str = r'scale|bias'  # paths (as layers/q/w) that match are not decayed
   clip: float = 1.          # by global norm; 0 is off
+  offload: bool = False     # its moments rest in the host's memory, and are on the device only while they are used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,11 +305,11 @@ class Config:
 # from the same state and data, except `steps`, which people raise to train on.
 FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|mesh\..*|checkpoint\..*|start\..*|'
                   r'data\.(cache|stop|start|never)|tasks\.[^.]+\.metrics|microbatches|loss\.chunks|'
-                  r'loss\.over|model\.pipeline\..*|model\.(attention|context|remat|scan|pool|normalize))$')
+                  r'loss\.over|model\.pipeline\..*|model\.(attention|context|remat|save|offload|scan|pool|normalize)|optimizer\.offload)$')
 
 
 # What of a model is about training it, and not about which function its parameters are.
-TRAINING = re.compile(r'model\.(dtype|dropout|init_std|rnn\.(teacher|sampling)|'
+TRAINING = re.compile(r'model\.(dtype|matmul|dropout|init_std|rnn\.(teacher|sampling)|'
                       r'moe\.(dispatch|capacity|balance_loss|z_loss|bias_rate))$')
 
 

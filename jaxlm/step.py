@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm import layout, objectives
+from jaxlm import layout, objectives, optimizer
 from jaxlm.schema import Config, MoeConfig
 from jaxlm.models import kinds
 from jaxlm.models.output import Training
@@ -13,13 +13,19 @@ def init_state(config: Config, tx, key) -> dict:
   """A fresh state {'params', 'opt', 'step'}, sharded as its letters say; where rows of the data go on from step to step, also
   {'carry'}: what a recurrent model remembers of them."""
   params = kinds.init_params(config.model, key)
-  state = {'params': params, 'opt': tx.init(params), 'step': jnp.int32(0)}
+  state = {'params': params, 'opt': fresh_opt(config, tx, params), 'step': jnp.int32(0)}
   return {**state, 'carry': kinds.empty_carry(config.model, config.batch)} if config.data.order == 'contiguous' else state
+
+
+def fresh_opt(config: Config, tx, params):
+  """The optimizer's state before the first step."""
+  return optimizer.at_rest(config.optimizer, tx.init(params))
 
 
 def abstract_state(config: Config, tx):
   """init_state's shapes, dtypes and shardings under the current mesh; nothing is allocated."""
-  return jax.eval_shape(lambda: init_state(config, tx, jax.random.key(0)))
+  state = jax.eval_shape(lambda: init_state(config, tx, jax.random.key(0)))
+  return {**state, 'opt': optimizer.abstract_at_rest(config.optimizer, state['opt'])}
 
 
 def even_out(moe: MoeConfig, params, sums):
@@ -66,10 +72,12 @@ def make_step(config: Config, tx, schedule):
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
+    state = {**state, 'opt': optimizer.in_use(config.optimizer, state['opt'])}
     updates, opt = tx.update(grads, state['opt'], state['params'])
     params = even_out(config.model.moe, optax.apply_updates(state['params'], updates), sums)
     new = {'params': params, 'opt': opt, 'step': state['step'] + 1} | ({'carry': carry} if 'carry' in state else {})
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    new['opt'] = optimizer.at_rest(config.optimizer, new['opt'])
     return new, {**sums, 'grad_norm': grad_norm, 'param_norm': optax.tree.norm(new['params']),
                  'learning_rate': schedule(state['step']), 'finite': finite.astype(jnp.float32)}
 

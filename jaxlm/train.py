@@ -7,7 +7,7 @@ from typing import Callable
 
 import jax
 
-from jaxlm import config as configs, count, evaluate, layout, metrics, start
+from jaxlm import config as configs, count, evaluate, layout, metrics, start, xla
 from jaxlm.checkpoint import Checkpoints, resume, run_meta
 from jaxlm.schema import Config
 from jaxlm.data import mixture, pipeline as pipelines
@@ -16,7 +16,7 @@ from jaxlm.metrics import say
 from jaxlm.models import pipeline as pipelined
 from jaxlm.optimizer import make_optimizer
 from jaxlm.signals import Signals
-from jaxlm.step import abstract_state, init_state, make_step
+from jaxlm.step import abstract_state, fresh_opt, init_state, make_step
 
 
 def use_compile_cache(folder: pathlib.Path) -> None:
@@ -61,12 +61,12 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
       layout.named(abstract, mesh), abstract_batch(config, mesh))
   timer.mark('trace')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:  # XLA compiles while the data and the state get ready
-    compiling = pool.submit(lowered.compile)
+    compiling = pool.submit(lowered.compile, xla.OPTIONS[jax.default_backend()])
     cache = mixture.prepare(config, workdir, say)
     pipeline = mixture.make(config, cache)
     timer.mark('data')
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    restored = resume(checkpoints, config, cache, abstract, mesh, jax.jit(tx.init), say)
+    restored = resume(checkpoints, config, cache, abstract, mesh, jax.jit(lambda params: fresh_opt(config, tx, params)), say)
     (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
     first, state = restored or (0, _fresh_state(config, tx))
     if not restored and config.start.checkpoint:
@@ -99,8 +99,7 @@ def idle(config: Config, stages: int) -> str:
 
 def abstract_batch(config: Config, mesh):
   """Shapes, dtypes and shardings of a training batch."""
-  sharding = jax.sharding.NamedSharding(mesh, layout.spec('BL'))
-  return {name: jax.ShapeDtypeStruct((config.batch, length), dtype, sharding=sharding)
+  return {name: jax.ShapeDtypeStruct((config.batch, length), dtype, sharding=pipelines.sharding(length, mesh))
           for name, (length, dtype) in mixture.shapes(config).items()}
 
 

@@ -1,11 +1,13 @@
 """Every check of a config that needs no device. A failure is one line: the key, its value, the mend."""
 import dataclasses
 import difflib
+import importlib.util
 import math
 import re
 
 from jaxlm.errors import UsageError
-from jaxlm.schema import GATED, METRICS, WORDS, Config, flatten, layer_kinds, of_task, selected, span_lengths
+from jaxlm.schema import GATED, METRICS, WORDS, Config, MeshConfig, flatten, layer_kinds, of_task, selected, span_lengths
+from jaxlm.tensors import REMAT, TENSORS, made
 
 CHOICES = {
     'model.kind': ('decoder', 'encoder', 'seq2seq', 'rnn', 'rnn_seq2seq', 'ngram'),
@@ -16,8 +18,9 @@ CHOICES = {
     'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs', 'answer', 'classify', 'tag', 'span'),
     'data.order': ('shuffled', 'contiguous'), 'data.form': ('text', 'tags', 'span', 'chat'),
     'model.mlp': ('swiglu', 'geglu', 'gelu', 'gelu_exact', 'relu', 'silu'), 'model.bias': ('none', 'all', 'qkv', 'not_qkv'),
-    'model.dtype': ('float32', 'bfloat16'), 'model.attention': ('auto', 'dot_product', 'blocked', 'plain', 'splash', 'cudnn'),
-    'loss.over': ('length', 'vocabulary'), 'model.remat': ('none', 'dots', 'full'), 'model.context': ('ring', 'gather'),
+    'model.dtype': ('float32', 'bfloat16'), 'model.matmul': ('full', 'int8', 'fp8'),
+    'model.attention': ('auto', 'dot_product', 'blocked', 'plain', 'splash', 'cudnn'),
+    'loss.over': ('length', 'vocabulary'), 'model.remat': ('none', 'dots', *REMAT), 'model.context': ('ring', 'gather'),
     'model.rope.scaling': ('none', 'linear', 'llama3', 'yarn'),
     'model.moe.score': ('softmax', 'sigmoid'), 'model.moe.dispatch': ('dropless', 'capacity'),
     'optimizer.name': ('adamw', 'muon'), 'optimizer.schedule': ('constant', 'cosine', 'linear', 'wsd', 'inverse_sqrt'),
@@ -29,8 +32,6 @@ ZERO_OK = re.compile(
     r'attention_cap|logit_cap|dropout|lora\.rank|rnn\.(teacher|sampling)|rope\.(local_base|original)|'
     r'pipeline\.pieces|moe\.(E|F|first|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
     r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2))$')
-
-
 
 
 def validate(c: Config) -> None:
@@ -51,6 +52,7 @@ def validate(c: Config) -> None:
               'objective.share'):
     need(0 <= flat[key] < 1, key, 'wants a number from 0 up to, not including, 1')
   _model(m, need)
+  _remat(m, need)
   need(m.ngram.order <= 7, 'model.ngram.order', 'wants 1 to 7')
   if m.kind == 'ngram':
     need(m.V <= 2 ** 20, 'model.V', 'an n-gram knows at most 2^20 = 1,048,576 symbols')
@@ -200,6 +202,10 @@ def _model(m, need) -> None:
     need(0 < m.mla.rope < m.K, 'model.mla.rope', f'wants some of the dims of model.K={m.K}, not all')
     need(m.G == m.H, 'model.G', f'latent attention has a key and value a head: set {m.H}')
     need(m.qk_norm == 'none' and m.bias == 'none', 'model.bias', 'latent attention knows neither biases nor qk_norm')
+  if m.matmul != 'full':
+    need(importlib.util.find_spec('qwix'), 'model.matmul', "wants Qwix: pip install 'jaxlm[quant]', or set full")
+    need(m.kind in ('decoder', 'encoder', 'seq2seq'), 'model.matmul', f'model.kind={m.kind} has no layers with projections: set full')
+    need(not m.moe.E, 'model.matmul', 'experts (model.moe) are not quantised: set full')
   if m.moe.E:
     moe = m.moe
     need(moe.F > 0, 'model.moe.F', 'wants the ffn width of an expert')
@@ -212,6 +218,34 @@ def _model(m, need) -> None:
     need(moe.bias or not moe.bias_rate, 'model.moe.bias_rate', 'wants model.moe.bias=True')
 
 
+def _remat(m, need) -> None:
+  """What is kept must be named right, be there, and be recomputed else."""
+  named = m.kind not in ('rnn', 'rnn_seq2seq')
+  need(named or m.remat in ('none', 'dots', 'full'), 'model.remat', f'model.kind={m.kind} has no named tensors: set none, dots or full')
+  for key in ('model.save', 'model.offload'):
+    names = getattr(m, key.removeprefix('model.')).split()
+    need(not names or (named and m.remat in REMAT), key,
+         f'is of tensors that are recomputed else, which wants model.remat to be one of {", ".join(REMAT)}' if named else
+         f'model.kind={m.kind} has no named tensors: set \'\'')
+    for name in names:
+      near = difflib.get_close_matches(name, TENSORS, n=2, cutoff=0.5)
+      need(name in TENSORS, key, f'{name!r} is no tensor of a layer'
+           + (f'; did you mean {" or ".join(near)}?' if near else f'; there are {", ".join(TENSORS)}'))
+      need(name in made(m), key, f'layers of this model make no {name!r}; they make {", ".join(made(m))}')
+  both = set(m.save.split()) & set(m.offload.split())
+  need(not both, 'model.offload', f'{" and ".join(sorted(both))} cannot be in model.save too: take it out of one')
+
+
+def filled(mesh: MeshConfig, devices: int) -> dict[str, int]:
+  """Devices an axis, −1 filled. UsageError if the axes do not use exactly so many: a run never silently leaves some idle."""
+  sizes = dataclasses.asdict(mesh)
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if devices % known or (-1 not in sizes.values() and known != devices):
+    text = ' × '.join(f'{axis}={size}' for axis, size in sizes.items())
+    raise UsageError(f'mesh {text} does not fit {devices} devices; set one axis to -1 to fill')
+  return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+
+
 def check_mesh(c: Config, sizes: dict) -> None:
   """Everything that a mesh of these sizes must divide. Raises UsageError."""
   m = c.model
@@ -221,11 +255,13 @@ def check_mesh(c: Config, sizes: dict) -> None:
     raise UsageError(f'batch={c.batch} in {c.microbatches} microbatches gives {per} sequences, which mesh.data × '
                      f'mesh.fsdp × mesh.expert = {rows} does not divide; set batch to a multiple of {rows * c.microbatches}')
   cut = {'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor', 'stage'), 'D': ('fsdp', 'stage', 'expert')}
-  for letter, axes in cut.items():
-    value, size = getattr(m, letter), math.prod(sizes[a] for a in axes)
+  values = {letter: getattr(m, letter) for letter in cut} | ({'moe.F': m.moe.F, 'moe.shared': m.moe.shared} if m.moe.E else {})
+  for key, value in values.items():
+    axes = cut[key] if key in cut else cut['F']
+    size = math.prod(sizes[a] for a in axes)
     if value % size:
       named = ' × '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes[a] > 1)
-      raise UsageError(f'model.{letter}={value}: {named} does not divide it; '
+      raise UsageError(f'model.{key}={value}: {named} does not divide it; '
                        f'the next that fits is {-(-value // size) * size}')
   if sizes['expert'] > 1 and (not m.moe.E or m.moe.E % sizes['expert']):
     raise UsageError(f'model.moe.E={m.moe.E}: mesh.expert={sizes["expert"]} does not divide it; set mesh.expert to a divisor')
@@ -236,6 +272,9 @@ def check_mesh(c: Config, sizes: dict) -> None:
     _check_stages(c, sizes['stage'], per // rows)
   if sizes['context'] > 1 and c.length % (2 * sizes['context']):
     raise UsageError(f'length={c.length}: mesh.context={sizes["context"]} wants a multiple of {2 * sizes["context"]}')
+  if m.matmul == 'int8' and c.length // sizes['context'] > 2 ** 17:
+    raise UsageError(f'length={c.length}: with model.matmul=int8 a device sums products of at most 131,072 tokens in int32; set '
+                     'mesh.context to cut the length, or model.matmul=full')
   if sizes['context'] > 1 and m.moe.E and m.moe.dispatch == 'capacity':
     raise UsageError(f'model.moe.dispatch=capacity: places go by order in a row, which mesh.context={sizes["context"]} cuts; '
                      'set dropless, or mesh.context=1')
@@ -256,5 +295,7 @@ def _check_stages(c: Config, stages: int, rows: int) -> None:
                      'them different')
   if rows % pieces:
     raise UsageError(f'model.pipeline.pieces={pieces}: does not divide the {rows} sequences that a device has of batch={c.batch}')
+  if m.offload:
+    raise UsageError(f'model.offload={m.offload!r}: the TPU\'s compiler knows no host memory within a pipeline; set \'\', or mesh.stage=1')
   if m.dropout:
     raise UsageError(f'model.dropout={m.dropout}: a pipeline has none; set 0, or mesh.stage=1')

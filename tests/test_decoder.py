@@ -1,6 +1,4 @@
 """The decoder against itself run in other ways; against its peers: tests/test_families.py."""
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +6,6 @@ import pytest
 
 from jaxlm.kernels import on_mesh
 from jaxlm.models import decoder, kinds, stack
-from jaxlm.objectives import token_loss
 from tests import common
 
 
@@ -58,29 +55,6 @@ def test_packed_equals_unpacked(one_device, family, kernel):
   packed = run(cfg, params, t_BL, segments, positions)
   for a, b in zip(cuts, cuts[1:]):
     np.testing.assert_allclose(packed[:, a:b], run(cfg, params, t_BL[:, a:b]), atol=2e-5)
-
-
-def gradient(cfg, params, c):
-  c = dataclasses.replace(c, model=cfg)
-  b = common.put(common.batch(c))
-  return jax.value_and_grad(lambda p: token_loss(c, p, b)[0]), params
-
-
-@pytest.mark.parametrize('family', ['llama', 'gpt2'])
-def test_remat_and_unrolling_change_the_program_and_not_the_result(one_device, family):
-  c = common.config(family)
-  params = common.perturbed(init(c.model))
-  jaxprs, results = {}, {}
-  for remat in stack.REMAT:
-    for scan in (True, False):
-      f, p = gradient(common.model(family, remat=remat, scan=scan), params, c)
-      jaxprs[remat, scan] = str(jax.make_jaxpr(f)(p))
-      results[remat, scan] = jax.jit(f)(p)
-  assert len(set(jaxprs.values())) == len(jaxprs)
-  count = lambda key: jaxprs[key].count('dot_general')
-  assert count(('full', True)) > count(('none', True))  # the backward pass does redo the forward's matmuls
-  for result in results.values():
-    common.assert_trees_close(result, results['none', True], rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize('kinds, stages', [

@@ -18,8 +18,8 @@ DOCUMENTS = [('a', 'x' * 7 + ' short'), ('b', 'the middle one, naïve λόγος
              ('d', ''.join(chr(33 + (i * i) % 90) for i in range(150)))]
 
 
-def make_lm(sizes=(1, 1, 1), family='llama'):
-  c = common.config(family)
+def make_lm(sizes=(1, 1, 1), family='llama', **changes):
+  c = common.config(family, **changes)
   mesh = common.mesh_of(*sizes)
   with jax.set_mesh(common.mesh_of(1, 1, 1)):
     params = common.perturbed(jax.jit(lambda key: decoder.init_params(c.model, key))(jax.random.key(0)))

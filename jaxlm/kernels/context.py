@@ -17,6 +17,7 @@ import numpy as np
 from jaxlm import layout
 from jaxlm.kernels import splash
 from jaxlm.kernels.patterns import How, Rows, allowed
+from jaxlm.remat import tag
 
 AXIS = 'context'
 
@@ -196,7 +197,7 @@ def _forward(part, how, q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows):
   sums = add(S - 1, held, sums)
   o_BLHK = jnp.concatenate([sums[0][0], sums[1][0]], 1)
   log_z_BHL = jnp.concatenate([sums[0][1], sums[1][1]], 2)
-  out_BLHK = o_BLHK.astype(v_BMGK.dtype)
+  out_BLHK, log_z_BHL = tag(o_BLHK.astype(v_BMGK.dtype), 'attention'), tag(log_z_BHL, 'attention')
   return out_BLHK, (q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, out_BLHK, log_z_BHL)
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.kernels.patterns import How, allowed
+from jaxlm.remat import tag
 
 BLOCKS = 4  # of 'blocked': with 4, 10 of 16 blocks of scores are computed
 
@@ -35,7 +36,7 @@ def mix(how: How, q_BLHK, k_BMGK, v_BMGK, allowed_BLM, bias_HLM=None):
 
 def plain(how: How, q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, bias_HLM=None):
   """All scores at once: the reference."""
-  return mix(how, q_BLHK, k_BMGK, v_BMGK, allowed(how, q_rows, k_rows), bias_HLM)
+  return tag(mix(how, q_BLHK, k_BMGK, v_BMGK, allowed(how, q_rows, k_rows), bias_HLM), 'attention')
 
 
 def dot_product(how: How, q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, bias_HLM=None):
@@ -49,7 +50,7 @@ def dot_product(how: How, q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, bias_HLM=None)
       q_BLHK, k_BMGK, jnp.pad(v_BMGK, ((0, 0),) * 3 + ((0, short),)), None if bias_HLM is None else bias_HLM[None],
       mask=allowed_BLM[:, None], is_causal=known, scale=how.scale,
       local_window_size=(how.window - 1, 0) if known and how.where == 'local' else None)
-  return o_BLHK[..., :v_BMGK.shape[-1]]
+  return tag(o_BLHK[..., :v_BMGK.shape[-1]], 'attention')
 
 
 def blocked(how: How, q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, bias_HLM=None):
@@ -76,4 +77,4 @@ def blocked(how: How, q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, bias_HLM=None):
     seen_BLM = allowed(how, q_rows, k_rows, queries, keys)
     p_BHLM = jax.nn.softmax(jnp.where(seen_BLM[:, None], s_BHLM, -1e30), -1)
     out.append(jnp.einsum('BHLM,BHMK->BHLK', p_BHLM.astype(q_BLHK.dtype), v_BHMK[:, :, keys]))
-  return jnp.swapaxes(jnp.concatenate(out, 2), 1, 2)
+  return tag(jnp.swapaxes(jnp.concatenate(out, 2), 1, 2), 'attention')

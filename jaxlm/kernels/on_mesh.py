@@ -1,7 +1,8 @@
 """Attention kernels, one signature: (how, q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, bias_HLM) → o_BLHK.
 
 A new one is a function and a line of ATTENTION. Kernels see what one device holds of the batch and the heads, and know
-nothing of the mesh (`attend` puts them under shard_map). Values may have another head dim than queries and keys. They
+nothing of the mesh (`attend` puts them under shard_map). They tag as 'attention' (remat.py) what they make, and with it what their
+backward pass wants of the forward pass, if they have one of their own. Values may have another head dim than queries and keys. They
 agree with each other in tests/test_kernels.py.
 """
 import functools

@@ -63,7 +63,8 @@ def make(how: How, heads: int, queries_L: np.ndarray, keys: int, place_of=itself
   mask = Mask(how, queries_L, keys, place_of) if masked else masks.FullMask((len(queries_L), keys))
   return kernel.make_splash_mha(
       masks.MultiHeadMask([mask] * heads), block_sizes=_sizes(len(queries_L) // shards, keys), head_shards=1, q_seq_shards=shards,
-      save_residuals=save_residuals, attn_logits_soft_cap=how.cap or None, interpret=layout.platform() != 'tpu')
+      save_residuals=save_residuals, residual_checkpoint_name=None if save_residuals else 'attention',
+      attn_logits_soft_cap=how.cap or None, interpret=layout.platform() != 'tpu')
 
 
 def heads_first(how: How, q_BLHK, k_BMGK, v_BMGK):

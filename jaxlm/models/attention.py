@@ -7,6 +7,7 @@ from jaxlm import layout
 from jaxlm.models import rope
 from jaxlm.kernels.patterns import How
 from jaxlm.models.layers import Einsum, RMSNorm
+from jaxlm.remat import tag
 from jaxlm.schema import ModelConfig
 
 MEMORY = 'memory'  # the `where` of attention to what an encoder made
@@ -32,11 +33,11 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BLD, positions_BL, attend, memory_BMD=None):
     cfg, across = self.cfg, self.where == MEMORY
-    q_BLHK = Einsum('BLD,DHK->BLHK', cfg, name='q')(x_BLD)
+    q_BLHK = tag(Einsum('BLD,DHK->BLHK', cfg, name='q')(x_BLD), 'q')
     if across and memory_BMD is None:
       k_BMGK = v_BMGK = None
     else:
-      k_BMGK, v_BMGK = (Einsum('BMD,DGK->BMGK', cfg, name=name)(memory_BMD if across else x_BLD) for name in 'kv')
+      k_BMGK, v_BMGK = (tag(Einsum('BMD,DGK->BMGK', cfg, name=name)(memory_BMD if across else x_BLD), name) for name in 'kv')
     if cfg.qk_norm != 'none':
       q_dims, k_dims = ('K', 'K') if cfg.qk_norm == 'head' else ('HK', 'GK')
       q_BLHK = RMSNorm(cfg, q_dims, name='q_norm')(q_BLHK)
@@ -61,16 +62,17 @@ class LatentAttention(nn.Module):
     turn = lambda a: rope.turn(a, positions_BL, cfg.rope, self.where == 'local', mla.rope)
     if mla.q:
       q_BLR = Einsum('BLD,DR->BLR', cfg, sizes={'R': mla.q}, name='q_down')(x_BLD)
-      q_BLR = RMSNorm(cfg, 'R', name='q_norm')(q_BLR)
+      q_BLR = RMSNorm(cfg, 'R', name='q_norm')(tag(q_BLR, 'latent'))
       q_BLHK = Einsum('BLR,RHK->BLHK', cfg, sizes={'R': mla.q}, name='q')(q_BLR)
     else:
       q_BLHK = Einsum('BLD,DHK->BLHK', cfg, name='q')(x_BLD)
+    q_BLHK = tag(q_BLHK, 'q')
     q_BLHK = jnp.concatenate([q_BLHK[..., :plain], turn(q_BLHK[..., plain:])], -1)
-    both_BLR = Einsum('BLD,DR->BLR', cfg, sizes={'R': mla.kv + mla.rope}, name='kv_down')(x_BLD)
+    both_BLR = tag(Einsum('BLD,DR->BLR', cfg, sizes={'R': mla.kv + mla.rope}, name='kv_down')(x_BLD), 'latent')
     kv_BLR = RMSNorm(cfg, 'R', name='kv_norm')(both_BLR[..., :mla.kv])
     kv_BLHK = Einsum('BLR,RHK->BLHK', cfg, sizes={'R': mla.kv, 'K': plain + mla.v}, name='kv')(kv_BLR)
     shared_BL1K = turn(both_BLR[:, :, None, mla.kv:])
     shared_BLHK = jnp.broadcast_to(shared_BL1K, (*kv_BLHK.shape[:3], mla.rope), out_sharding=layout.spec('BLHK'))
-    k_BLHK = jnp.concatenate([kv_BLHK[..., :plain], shared_BLHK], -1)
-    o_BLHK, kept = attend(self.where, q_BLHK, k_BLHK, kv_BLHK[..., plain:])
+    k_BLHK, v_BLHK = tag(kv_BLHK[..., :plain], 'k'), tag(kv_BLHK[..., plain:], 'v')
+    o_BLHK, kept = attend(self.where, q_BLHK, jnp.concatenate([k_BLHK, shared_BLHK], -1), v_BLHK)
     return Einsum('BLHK,HKD->BLD', cfg, out=True, sizes={'K': mla.v}, name='o')(o_BLHK), kept

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm import layout
 from jaxlm.models.layers import MLPS
+from jaxlm.remat import tag
 
 
 def _by_stage(f):
@@ -70,7 +71,9 @@ def _gated(mlp: str):
 
 
 def _forward(mlp, rows_TD, sizes_E, gate_EDF, up_EDF, down_EFD):
+  rows_TD = tag(rows_TD, 'experts_in')
   gate_TF, up_TF = _dots(rows_TD, sizes_E, gate_EDF, up_EDF)
+  gate_TF, up_TF = tag(gate_TF, 'gate'), tag(up_TF, 'up')
   out_TD, = _dot(_gated(mlp)(gate_TF, up_TF), sizes_E, down_EFD)
   return out_TD, (rows_TD, sizes_E, gate_TF, up_TF, gate_EDF, up_EDF, down_EFD)
 

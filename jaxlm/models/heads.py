@@ -1,5 +1,7 @@
 """What stands on an encoder (Devlin et al. 2019, §3.1, §4): BERT's transform before its logits, its pooler, its classifiers of
 pairs, texts, tokens and spans. RoBERTa's classifier of texts has a pooler of its own."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,7 @@ NEVER = -1e30  # the score of what cannot be chosen
 
 
 def _dense(cfg: ModelConfig, eqn: str, name: str) -> Einsum:
+  cfg = dataclasses.replace(cfg, matmul='full')  # only what the layers multiply is quantised
   return Einsum(eqn, cfg, sizes={'K': cfg.D, 'C': cfg.C}, name=name, parent=None)
 
 

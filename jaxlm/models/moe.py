@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxlm import layout
 from jaxlm.models import exchange, experts
 from jaxlm.models.layers import MLPS, Mlp, contract, normal, use
+from jaxlm.remat import tag
 from jaxlm.schema import ModelConfig, MoeConfig
 
 
@@ -90,6 +91,7 @@ def dropless(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF
       out_TD = exchange.at_experts(lambda rows, sizes: experts.say(cfg.mlp, rows, sizes, *weights), rows_TD, sizes_E, S)
     else:
       out_TD = experts.say(cfg.mlp, rows_TD, sizes_E, *weights)
+    out_TD = tag(out_TD, 'experts_out')
     out_TD *= weights_BLS.reshape(-1)[order_T][:, None].astype(out_TD.dtype)
     y_BLD = jnp.zeros((B * L, D), out_TD.dtype).at[order_T // S].add(out_TD).reshape(B, L, D)
     return jax.lax.psum(y_BLD, 'tensor')
@@ -113,11 +115,11 @@ def capacity(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF
   send_BLEC = slot_BSLEC.sum(1).astype(x_BLD.dtype)
   back_BLEC = jnp.sum(slot_BSLEC * jnp.swapaxes(weights_BLS, 1, 2)[..., None, None], 1).astype(x_BLD.dtype)
   rows_BECD = jnp.einsum('BLEC,BLD->BECD', send_BLEC, x_BLD, out_sharding=layout.spec('B'))
-  rows_BECD = jax.sharding.reshard(rows_BECD, layout.spec('BECD'))  # over mesh.expert, rows go to their experts …
+  rows_BECD = tag(jax.sharding.reshard(rows_BECD, layout.spec('BECD')), 'experts_in')  # over mesh.expert, rows go to their experts …
   in_BECF = lambda w_EDF: contract('BECD,EDF->BECF', None, rows_BECD, w_EDF)
-  hidden_BECF = MLPS[cfg.mlp](in_BECF(gate_EDF)) * in_BECF(up_EDF)
+  hidden_BECF = MLPS[cfg.mlp](tag(in_BECF(gate_EDF), 'gate')) * tag(in_BECF(up_EDF), 'up')
   out_BECD = contract('BECF,EFD->BECD', None, hidden_BECF, down_EFD)
-  out_BECD = jax.sharding.reshard(out_BECD, layout.spec('B'))  # … and come back
+  out_BECD = tag(jax.sharding.reshard(out_BECD, layout.spec('B')), 'experts_out')  # … and come back
   return jnp.einsum('BLEC,BECD->BLD', back_BLEC, out_BECD, out_sharding=layout.spec('BLD'))
 
 

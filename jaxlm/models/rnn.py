@@ -13,7 +13,7 @@ from jaxlm import layout
 from jaxlm.models import embedding
 from jaxlm.models.layers import Dropout, contract, normal, use
 from jaxlm.models.output import Hidden, Training
-from jaxlm.models.stack import REMAT
+from jaxlm.remat import remat
 from jaxlm.schema import ModelConfig
 
 
@@ -122,9 +122,7 @@ def layers(cfg: ModelConfig, params: dict, x_BLD, keep_BL, carry: dict, dropout_
   """(h_BLD of the last layer, the state after the last token [B, N, D]); dropout on what goes up, not on what goes on
   (Zaremba et al. 2014). keep and real: see recur; all are real if it is None."""
   keep_LB, real_LB = keep_BL.T, (jnp.ones_like(keep_BL) if real_BL is None else real_BL).T
-  run, after = functools.partial(layer, cfg), []
-  if REMAT[cfg.remat] is not None:
-    run = jax.checkpoint(run, policy=REMAT[cfg.remat])
+  run, after = remat(cfg, functools.partial(layer, cfg)), []
   for n in range(cfg.N):
     own, state = jax.tree.map(lambda a, n=n: a[n], params), jax.tree.map(lambda a, n=n: a[:, n], carry)
     x_BLD, state = run(own, x_BLD, keep_LB, real_LB, state)

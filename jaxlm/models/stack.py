@@ -16,13 +16,8 @@ from jaxlm.kernels.patterns import Rows
 from jaxlm.models.attention import MEMORY, Attention, LatentAttention
 from jaxlm.models.layers import NORMS, Dropout, Mlp
 from jaxlm.models.moe import Moe
+from jaxlm.remat import remat, tag
 from jaxlm.schema import ModelConfig, layer_kinds
-
-REMAT = {  # name → policy of what the backward pass may keep; None keeps everything, without remat
-    'none': None,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    'full': jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Block(nn.Module):
@@ -46,11 +41,12 @@ class Block(nn.Module):
     wide = lambda a: jax.sharding.reshard(a, layout.spec('BLD')) if self.narrow else a
     narrow = lambda a: jax.sharding.reshard(a, layout.spec('BLD', 'residual')) if self.narrow else a
     dropout = Dropout(cfg.dropout, self.train)
-    drop = lambda place, name, a: dropout(norm(place, name, narrow(a)))
+    drop = lambda place, name, tensor, a: dropout(norm(place, name, tag(narrow(a), tensor)))
+    x_BLD = tag(x_BLD, 'block_in')
     layer = (LatentAttention if cfg.mla.kv else Attention)(cfg, where, name='attention')
     y_BLD, kept = layer(wide(norm('pre', 'norm1', x_BLD)), positions_BL, attend)
     kept = [kept]
-    y_BLD = drop('post', 'norm1_out', y_BLD)
+    y_BLD = drop('post', 'norm1_out', 'attention_out', y_BLD)
     if cfg.parallel:
       residual_BLD = x_BLD + y_BLD
     else:
@@ -58,14 +54,14 @@ class Block(nn.Module):
     if self.across:
       layer = Attention(cfg, MEMORY, name='memory_attention')
       y_BLD, of_memory = layer(wide(norm('pre', 'norm_memory', x_BLD)), positions_BL, attend, memory_BMD)
-      x_BLD = residual_BLD = after('norm_memory', x_BLD + drop('post', 'norm_memory_out', y_BLD))
+      x_BLD = residual_BLD = after('norm_memory', x_BLD + drop('post', 'norm_memory_out', 'attention_out', y_BLD))
       kept.append(of_memory)
     h_BLD, report = wide(norm('pre', 'norm2', x_BLD)), {}
     if feed == 'moe':
       y_BLD, report = Moe(cfg, name='moe')(h_BLD, real_BL)
     else:
       y_BLD = Mlp(cfg, cfg.F, name='mlp')(h_BLD)
-    y_BLD = drop('post', 'norm2_out', y_BLD)
+    y_BLD = drop('post', 'norm2_out', 'mlp_out', y_BLD)
     return after('norm2', residual_BLD + y_BLD), kept, report
 
 
@@ -171,8 +167,8 @@ def _period(cfg: ModelConfig, stage: Stage, narrow: bool, rows: Rows, attend, me
           {'params': params}, x_BLD, rows.positions_BL, rows.segments_BL > 0, attend, memory_BMD,
           rngs={'dropout': key} if key is not None else None)
       return x_BLD, report
-    if REMAT[cfg.remat] is not None:  # common subexpressions are only safe from being merged again within a loop
-      block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=not cfg.scan or stage.repeats == 1)
+    # Common subexpressions are only safe from being merged again within a loop.
+    block = remat(cfg, block, prevent_cse=not cfg.scan or stage.repeats == 1)
     x_BLD, report = block(params, x_BLD, key, memory_BMD)
     reports += [report] if report else []
   return x_BLD, jax.tree.map(lambda *a: jnp.stack(a), *reports) if reports else {}
