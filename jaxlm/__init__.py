@@ -1,10 +1,10 @@
 """jaxlm: pretraining language models in JAX, from a laptop to TPU and GPU pods."""
 
-from jaxlm.cpu import order_collectives
+from jaxlm.cpu import set_flags
 
 __version__ = '0.1.0'
 
-order_collectives()
+set_flags()
 
 
 def load(workdir, step=None, mesh=None):

@@ -114,10 +114,12 @@ def _parse(key: str, text: str):
 
 
 def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
-  """The Config of `path` ('configs/x.py', 'configs/x.py:argument', or a run's config.json), with overrides.
+  """The Config of `path` ('configs/x.py', 'configs/x.py:argument', or a run's config.json), with overrides. 'configs/x.py@TOPOLOGY' is
+  as configs/pods.json recommends for that pod.
 
   A config file is Python code and runs as such: treat it as you treat a script.
   """
+  path, _, topology = path.partition('@')
   if path.endswith('.json'):
     return _overridden(_read_json(path), overrides)
   file, _, argument = path.partition(':')
@@ -133,7 +135,30 @@ def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
     values = flatten(module.get_config(*([argument] if argument else [])))
   except KeyError as e:
     raise UsageError(f'--config={path}: the file knows no {e}') from e
-  return _overridden(values, overrides)
+  return _overridden(values | (_recommended(path, topology) if topology else {}), overrides)
+
+
+def _recommended(path: str, topology: str) -> dict:
+  """The keys that a pod wants of a config, which `make recommend` wrote beside it."""
+  file = pathlib.Path(path.partition(':')[0])
+  known = json.loads((file.parent / 'pods.json').read_text(encoding='utf-8')) if (file.parent / 'pods.json').is_file() else {}
+  pods = known.get(path.removeprefix(f'{file.parent}/'), {})
+  found = pods.get(topology, f'nothing is recommended for it; there is {", ".join(pods) or "nothing for this config"}; see jaxlm plan')
+  if isinstance(found, str):
+    raise UsageError(f'--config={path}@{topology}: {found}')
+  return found
+
+
+def split_overrides(argv: typing.Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
+  """A command's words → (those that are not of the config, (key, text) of each --config.KEY=VALUE or --config.KEY VALUE)."""
+  rest, overrides, words = [], [], iter(argv)
+  for word in words:
+    if word.startswith('--config.'):
+      key, equals, value = word.removeprefix('--config.').partition('=')
+      overrides.append((key, value if equals else next(words, '')))
+    else:
+      rest.append(word)
+  return rest, overrides
 
 
 def _overridden(values: dict, overrides: typing.Sequence[tuple[str, str]]) -> Config:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from jaxlm import layout
+from jaxlm.data import pipeline
 from jaxlm.optimizer import make_optimizer
 from jaxlm.schema import MeshConfig
 from jaxlm.step import abstract_state, init_state, make_step
+from jaxlm.train import abstract_batch
 from tests import common
 
 MOE = {'model.moe.E': 4, 'model.moe.F': 32}
@@ -101,6 +103,19 @@ def test_three_steps_are_equal_on_every_mesh(case, sizes, table):
   common.assert_trees_close(params, expected_params, atol=1e-3)  # Adam makes much of a gradient near 0; lr is 1e-2
   loss, norm = np.abs(out / expected - 1).max(0)
   table(f'| {case.replace("-", ", ")} | {text_of(sizes)} | {loss:.1e} | {norm:.1e} |')
+
+
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 2, 2, 2), (1, 1, 1, 8)], ids=text_of)
+def test_batches_lie_where_the_step_wants_them(sizes):
+  """As the training loop places them, a row's one value (its task) too."""
+  c = common.config()
+  rows = common.examples_of(c) | {'task': np.arange(c.batch, dtype=np.int32)[:, None]}
+  mesh = common.mesh_of(*sizes)
+  with jax.set_mesh(mesh):
+    placed = pipeline.place(lambda start, stop: {name: a[start:stop] for name, a in rows.items()}, c.batch, mesh)
+    for name, a in abstract_batch(c, mesh).items():
+      assert placed[name].sharding.is_equivalent_to(a.sharding, 2) and placed[name].shape == a.shape, name
+  common.assert_trees_equal(placed, rows)
 
 
 def test_weights_are_cut_over_fsdp_and_tensor():

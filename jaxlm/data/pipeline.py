@@ -90,18 +90,22 @@ class Pipeline:
     return f'{self.windows:,} windows an epoch, {examined / self.windows:.2f} epochs'
 
 
+def sharding(length: int, mesh) -> jax.sharding.NamedSharding:
+  """Of an array [B, length] of a batch; what has one value a row is whole along it."""
+  return jax.sharding.NamedSharding(mesh, layout.spec('BL' if length > 1 else 'B'))
+
+
 def place(rows, batch_size: int, mesh) -> dict[str, jax.Array]:
-  """rows(start, stop) → dict of arrays [B, L], put on the mesh with B over (data, fsdp)."""
-  sharding = jax.sharding.NamedSharding(mesh, layout.spec('BL'))
-  spans = {d: index[0].indices(batch_size)[:2] for d, index in
-           sharding.addressable_devices_indices_map((batch_size, 1)).items()}
-  low, high = min(s for s, _ in spans.values()), max(e for _, e in spans.values())
+  """rows(start, stop) → dict of arrays [B, L], put on the current mesh."""
+  spans = [index[0].indices(batch_size)[:2] for index in
+           sharding(1, mesh).addressable_devices_indices_map((batch_size, 1)).values()]
+  low, high = min(s for s, _ in spans), max(e for _, e in spans)
   local = rows(low, high)
 
   def put(a):
     shape = (batch_size, *a.shape[1:])
-    return jax.make_array_from_callback(
-        shape, sharding, lambda index: a[slice(*(i - low for i in index[0].indices(batch_size)[:2]))])
+    own = lambda index: a[slice(*(i - low for i in index[0].indices(batch_size)[:2])), index[1]]
+    return jax.make_array_from_callback(shape, sharding(a.shape[1], mesh), own)
   with jax.transfer_guard_host_to_device('allow'):  # the one transfer that the training loop means to make
     return {name: put(a) for name, a in local.items()}
 

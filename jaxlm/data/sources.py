@@ -25,6 +25,10 @@ from jaxlm.errors import UsageError
 from jaxlm.schema import DataConfig
 
 
+class Missing(UsageError):
+  """There is no such file or dataset on this machine."""
+
+
 def is_heldout(name: str, share: float) -> bool:
   digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
   return int.from_bytes(digest, 'big') < share * 2 ** 64
@@ -71,7 +75,7 @@ def _files(pattern: str, kind: str) -> Iterator[tuple[str, str]]:
   """(path, name): names are relative to the folder before the first wildcard, so that moving it changes no split."""
   paths = sorted(p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p))
   if not paths:
-    raise UsageError(f'data source {kind}:{pattern}: no file matches')
+    raise Missing(f'data source {kind}:{pattern}: no file matches')
   root = os.path.dirname(pattern.split('*')[0].split('?')[0].split('[')[0])
   for path in paths:
     yield path, os.path.relpath(path, os.path.expanduser(root) or '.')
@@ -132,8 +136,8 @@ def _tfds_folder(dataset: str) -> pathlib.Path:
   root = pathlib.Path(os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')).expanduser()
   found = sorted(p.parent for p in (root / name).rglob('dataset_info.json') if version in ('', p.parent.name))
   if not found:
-    raise UsageError(f'data source tfds:{dataset}: nothing prepared in {root / name}; run `tfds build {name} '
-                     '--file_format=array_record` where there is a network, and set TFDS_DATA_DIR')
+    raise Missing(f'data source tfds:{dataset}: nothing prepared in {root / name}; run `tfds build {name} '
+                  '--file_format=array_record` where there is a network, and set TFDS_DATA_DIR')
   return max(found, key=lambda p: [int(n) if n.isdigit() else 0 for n in p.name.split('.')])
 
 
