@@ -66,8 +66,17 @@ def sinusoids(positions_BL, D: int):
 
 
 def look_up(table_VD, index_BL, dtype):
-  """Rows of a table whose width is cut over fsdp: the table is gathered whole, then indexed where the batch is."""
-  return jax.sharding.reshard(table_VD.astype(dtype), jax.P(None, None)).at[index_BL].get(out_sharding=layout.spec('BLD'))
+  """x_BLD, rows of a table whose width is cut over fsdp. Each device looks up its columns for the tokens of all who share the
+  table, and these are exchanged; so neither the table nor its gradient ever is whole. Only where a device has more tokens than the
+  table has rows, it is the table that is gathered."""
+  of_B, of_L, _ = layout.spec('BLD')
+  tokens = index_BL.size // (layout.shards('B') * layout.shards('L'))
+  columns = jax.typeof(table_VD).sharding.spec[1] if tokens < len(table_VD) else None
+  cutting = columns if isinstance(columns, tuple) else (columns,)
+  rows = jax.P(tuple(a for a in of_B if a not in cutting), of_L)
+  table_VD = jax.sharding.reshard(table_VD.astype(dtype), jax.P(None, columns))
+  x_BLD = table_VD.at[jax.sharding.reshard(index_BL, rows)].get(out_sharding=jax.P(*rows, columns))
+  return jax.sharding.reshard(x_BLD, layout.spec('BLD'))
 
 
 def final_norm(cfg: ModelConfig, around: dict, x_BLD):

@@ -10,6 +10,7 @@ import re
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute')
 _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'f8e4m3fn': 1, 'f8e5m2': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4, 'f32': 4,
           's64': 8, 'u64': 8, 'f64': 8}
+_START = 'async-collective-start'  # of fusions, by name
 _LINE = re.compile(r'\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[a-z][\w-]*)\(')
 _HEAD = re.compile(r'(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$')
 
@@ -21,7 +22,7 @@ class Op:
   kind: str      # the operation; of an asynchronous one without -start
   times: int
   cycles: int    # estimated by the compiler; 0 where it says nothing
-  bytes: int     # of its result
+  bytes: int     # of its result; of a reduce-scatter in a fusion, of the whole that goes in
   is_async: bool
   where: str     # op_name of the jaxpr, '' if unknown
 
@@ -73,7 +74,7 @@ def _walk(bodies, name: str, times: int, out: list[Op]) -> None:
     kind = m['op']
     called = lambda key, line=line: re.findall(rf'\b{key}=%?([\w.-]+)', line)
     if kind == 'while':
-      _walk(bodies, called('body')[0], times * _trips(bodies, called('condition')[0], line), out)
+      _walk(bodies, called('body')[0], times * _trips(bodies, called('condition')[0], bodies[name], line), out)
       continue
     if kind in ('call', 'async-start'):
       for inner in called('to_apply') + called('calls'):
@@ -83,6 +84,9 @@ def _walk(bodies, name: str, times: int, out: list[Op]) -> None:
         _walk(bodies, inner, times, out)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
     where = re.search(r'op_name="([^"]*)"', line)
+    if kind == 'fusion':
+      out += [Op(m['name'], inner, times, 0, size, m['name'].startswith(_START), where[1] if where else '')
+              for inner, size in _fused(bodies, m['name'], called('calls'))]
     if kind.endswith('-done') or kind in ('parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant'):
       continue
     plain = kind.removesuffix('-start')
@@ -90,14 +94,35 @@ def _walk(bodies, name: str, times: int, out: list[Op]) -> None:
                   where[1] if where else ''))
 
 
-def _trips(bodies, condition: str, line: str) -> int:
+def _fused(bodies, fusion: str, names: list[str]) -> list[tuple[str, int]]:
+  """Kind and bytes of the collectives in a fusion. A reduce-scatter is one in the TPU compiler's words: a sum, and a piece of it; so
+  are the start of an asynchronous gather, the matrix products that it goes on beside, and its end, of which the start alone counts."""
+  if fusion.startswith('async-collective-done') or any(name.startswith('async_collective_fusion') for name in names):
+    return []
+  found = [(name, m) for name in names for m in map(_LINE.match, bodies.get(name, ())) if m and m['op'] in COLLECTIVES]
+  scatters = lambda name, m: m['op'] == 'all-reduce' and 'scatter' in name
+  return [('reduce-scatter' if scatters(name, m) else m['op'], _size(m['shape'], False)) for name, m in found]
+
+
+def _trips(bodies, condition: str, around: list[str], line: str) -> int:
+  """Of the loop in a line of `around`. Its counter goes up by 1 to a limit: from 0, or from 1 where the first turn was peeled off."""
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
   if known:
     return int(known[1])
   limits = re.findall(r'= s32\[\]\S* constant\((\d+)\)', '\n'.join(bodies[condition]))
   if len(limits) != 1:
     raise ValueError(f'the loop with condition {condition} does not say how often it runs')
-  return int(limits[0])
+  counter = re.search(r'get-tuple-element\([^)]*\), index=(\d+)', '\n'.join(bodies[condition]))
+  made = {m[1]: (m[2], re.findall(r'%?([\w.-]+)', re.sub(r'/\*.*?\*/', '', m[3])))
+          for m in (re.match(r'\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\((.*?)\)', line) for line in around) if m}
+  kind, inputs = made[re.search(r' while\(%?([\w.-]+)\)', line)[1]]
+  if kind == 'tuple' and counter:
+    kind, inputs = made[inputs[int(counter[1])]]
+    while kind in ('copy', 'copy-start', 'copy-done', 'bitcast'):
+      kind, inputs = made[inputs[0]]
+  if kind != 'constant':
+    raise ValueError(f'the loop with condition {condition} does not say where it starts')
+  return int(limits[0]) - int(inputs[0])
 
 
 def _size(shape: str, started: bool) -> int:
