@@ -1,12 +1,12 @@
-# make quickstart | test | parity | bench | smollm2 | minilm | ladder | translate | classify | pods. Each makes .venv first if
-# need be; PYTHON=python3.12 chooses another interpreter.
+# make quickstart | test | parity | bench | smollm2 | minilm | ladder | translate | classify | pods | planner | scaling | recommend |
+# axes. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods clean
+.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods planner scaling recommend axes clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -70,9 +70,30 @@ translate: $(VENV)/installed-test
 classify: $(VENV)/installed-test
 	$(BIN)/python benchmarks/classify.py
 
-# Writes docs/pods.md: steps compiled for TPU pods that are not here.
-pods: $(VENV)/installed-test
+# With the compilers of TPUs and GPUs.
+$(VENV)/installed-pods: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[pods]'
+	touch $@
+
+# Writes docs/pods.md: steps compiled for pods that are not here.
+pods: $(VENV)/installed-pods
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/pods.py
+
+# Writes docs/planner.md: the planner beside what others measured.
+planner: $(VENV)/installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/planner.py
+
+# Writes docs/scaling.md and its picture: 70B from 64 to 8,192 chips.
+scaling: $(VENV)/installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/scaling.py
+
+# Writes configs/pods.json: the mesh and remat of each known model on pods that people have.
+recommend: $(VENV)/installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/recommend.py
+
+# Writes docs/axes.md: Explicit against Auto axes, scanned against unrolled layers, compiled for a pod.
+axes: $(VENV)/installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/axes.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,81 +1,113 @@
-"""`make pods`: known models compiled for pods that are not here, by the pods' own compiler: does the step fit, how fast would it be?
+"""`make pods`: known models compiled for pods that are not here, by the pods' own compilers: does the step fit, and how fast is it?
 
-Each is compiled in a process of its own, one after the other (libtpu is held by one). Writes docs/pods.md. What has been compiled
-is kept in --workdir and not compiled again.
+Each is compiled in a process of its own, one after the other. Writes docs/pods.md. What has been compiled is kept in --workdir and
+not compiled again.
 
     python benchmarks/pods.py [--workdir=runs/pods] [--only=TEXT]
 """
 import argparse
+import dataclasses
+import gzip
 import json
 import pathlib
 import resource
 import subprocess
 import sys
 
+import jax
 from running import ROOT
 
-FSDP = {'loss.over': 'vocabulary'}
-RUNS = {  # name: config, topology, what differs
-    '8B, v5p:4x4x8, full remat': ('llama3.py:8b', 'v5p:4x4x8', {**FSDP, 'batch': 128, 'mesh.fsdp': 128}),
-    '8B, v5p:4x4x8, full remat, data 4 × fsdp 32': ('llama3.py:8b', 'v5p:4x4x8', {**FSDP, 'batch': 128, 'mesh.data': 4, 'mesh.fsdp': 32}),
-    '8B, v5p:4x4x8, no remat, data 4 × fsdp 32': (
-        'llama3.py:8b', 'v5p:4x4x8', {**FSDP, 'batch': 128, 'mesh.data': 4, 'mesh.fsdp': 32, 'model.remat': 'none'}),
-    '8B, v5e:16x16': ('llama3.py:8b', 'v5e:16x16', {**FSDP, 'batch': 256, 'mesh.fsdp': 32, 'mesh.data': 8}),
+from jaxlm import config as configs
+from jaxlm.plan import command, compile as compiling, costed, hlo, search
+from jaxlm.plan.topology import parse
+from jaxlm.validate import filled
+
+PIECES = {'loss.over': 'vocabulary'}
+RUNS = {  # name: config, topology, slices, what differs
+    '8B, v5p:4x4x8, full remat': ('llama3.py:8b', 'v5p:4x4x8', 1, {**PIECES, 'batch': 128, 'mesh.fsdp': 128}),
+    '8B, v5p:4x4x8, full remat, data 4 × fsdp 32': ('llama3.py:8b', 'v5p:4x4x8', 1, {
+        **PIECES, 'batch': 128, 'mesh.data': 4, 'mesh.fsdp': 32}),
+    '8B, v5p:4x4x8, minimal remat, data 4 × fsdp 32': ('llama3.py:8b', 'v5p:4x4x8', 1, {
+        **PIECES, 'batch': 128, 'mesh.data': 4, 'mesh.fsdp': 32, 'model.remat': 'minimal'}),
+    '8B, v5e:16x16': ('llama3.py:8b', 'v5e:16x16', 1, {**PIECES, 'batch': 256, 'mesh.fsdp': 32, 'mesh.data': 8}),
+    '8B, v5e:16x16, int8 projections': ('llama3.py:8b', 'v5e:16x16', 1, {
+        **PIECES, 'batch': 256, 'mesh.fsdp': 32, 'mesh.data': 8, 'model.matmul': 'int8'}),
+    '70B, v5p:16x16x16': ('llama3.py:70b', 'v5p:16x16x16', 1, {
+        **PIECES, 'batch': 1024, 'mesh.data': 16, 'mesh.fsdp': 64, 'mesh.tensor': 4}),
+    '405B, 2 × v6e:16x16, layer inputs offloaded': ('llama3.py:405b', 'v6e:16x16', 2, {
+        **PIECES, 'batch': 64, 'mesh.data': 2, 'mesh.fsdp': 32, 'mesh.tensor': 8, 'model.offload': 'block_in'}),
+    'Mixtral-8x7B, v6e:16x16': ('mixtral.py:8x7b', 'v6e:16x16', 1, {
+        **PIECES, 'batch': 512, 'mesh.fsdp': 32, 'mesh.expert': 8, 'loss.chunks': 8}),
+    '8B, rows of 1,048,576, v5p:8x8x8': ('llama3.py:8b', 'v5p:8x8x8', 1, {
+        **PIECES, 'batch': 8, 'length': 2 ** 20, 'mesh.fsdp': 8, 'mesh.context': 64}),
+    '8B, h100:16x8': ('llama3.py:8b', 'h100:16x8', 1, {**PIECES, 'batch': 128, 'mesh.fsdp': 128}),
+    '70B, h100:128x8': ('llama3.py:70b', 'h100:128x8', 1, {
+        **PIECES, 'batch': 512, 'mesh.data': 4, 'mesh.fsdp': 32, 'mesh.tensor': 8}),
 }
 HEAD = """# Steps compiled for pods that are not here
 
-Made by `make pods` (benchmarks/pods.py) with {versions}: the real TPU compiler, on a CPU. Rows have 8,192 tokens. Peak HBM is the
-compiler's, of each chip, beside what the chip has. Seconds of a step: the compiler's estimate for its fusions at the chip's
-clock, plus attention, which is a kernel that it does not estimate, at half of the chip's peak; what collectives add where they
-are not hidden is not in it. MFU is model FLOPs (docstring of jaxlm/plan/cost.py: causal, nothing recomputed) over that.
+Made by `make pods` (benchmarks/pods.py) with {versions}: the real TPU and GPU compilers, on a CPU. Rows have the length of their
+config (8,192 tokens; Mixtral 4,096) unless said otherwise.
 
-| step | peak HBM, GiB | of | fusions, s | attention, s | MFU | compiled in, s | host memory, GiB |
-|---|---|---|---|---|---|---|---|
+Peak HBM is the compiler's, of one device, beside what the chip has, and as `jaxlm plan` predicts it with no compiler. A step's
+seconds are the TPU compiler's estimate for its fusions at the chip's clock; attention's kernels, which it does not estimate, at the
+share of the chip's peak that published runs reach (jaxlm/plan/roofline.py); and collectives that nothing runs beside, at the rate of
+the links. XLA's GPU compiler estimates nothing: there the step is the planner's. MFU is model FLOPs over that (causal, nothing
+recomputed is counted: jaxlm/plan/cost.py).
+
+| step | chips | peak, GiB | of | predicted | off by | fusions, s | attention, s | waits, s | step predicted, s | MFU | compiled in, s | host memory, GiB |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
-def compiled(name: str) -> dict:
-  """One of RUNS, in this process."""
-  import jax  # pylint: disable=g-import-not-at-top
-  from jaxlm import config as configs
-  from jaxlm.plan import chips, compile as compiling, cost, hlo
-  file, topology, changes = RUNS[name]
-  config = configs.load(f'configs/{file}', [(key, str(value)) for key, value in changes.items()])
-  found, chip = compiling.step(config, topology), chips.CHIPS[topology.partition(':')[0]]
-  count = 1
-  for size in found.mesh.values():
-    count *= size
-  m = config.model
-  forward = 4 * m.H * m.K * cost.scores(m, config.length) * config.batch * config.length / count
-  passes = 3.5 + (m.remat == 'full')  # the backward pass makes 5 products of what the forward pass makes 2 of
-  fusions, attention = hlo.seconds(found.ops, chip.hertz), passes * forward / (chip.bf16 / 2)
-  return {'peak': found.peak, 'hbm': chip.hbm, 'fusions': fusions, 'attention': attention, 'compile': found.seconds,
-          'mfu': cost.mfu(config, fusions + attention, count, chip.bf16), 'jax': jax.__version__,
-          'host': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
+def planned(name: str) -> search.Plan:
+  file, topology, slices, changes = RUNS[name]
+  config, pod = configs.load(f'configs/{file}', [(key, str(value)) for key, value in changes.items()]), parse(topology, slices)
+  return search.plan(config, filled(config.mesh, pod.devices), pod)
+
+
+def compiled(name: str, file: pathlib.Path) -> None:
+  """One of RUNS, in this process → what the compiler made of it, in `file`, with its program."""
+  p, (_, topology, slices, _) = planned(name), RUNS[name]
+  found = dataclasses.asdict(dataclasses.replace(compiling.step(p.config, topology, slices), ops=[]))
+  host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+  with gzip.open(file.with_suffix('.new'), 'wt', encoding='utf-8') as new:
+    json.dump({**found, 'jax': jax.__version__, 'host': host}, new)
+  file.with_suffix('.new').rename(file)
+
+
+def row(name: str, r: dict) -> str:
+  """What was compiled, beside what the planner says."""
+  p, host, _ = planned(name), r.pop('host'), r.pop('jax')
+  c = compiling.Compiled(**{**r, 'ops': hlo.read(r['text'])})
+  own, made = command.entry(p, c)['compiled'], costed.seconds(p.job, c)
+  times = [f'{made[part]:.3f}' for part in ('fusions', 'attention', 'waits')] if made else ['–'] * 3
+  return '| ' + ' | '.join([
+      name, f'{p.job.pod.chips:,}', f'{c.peak:.2f}', f'{p.limit:g}', f'{p.hbm.peak:.2f}', f'{own["error_of_peak"]:+.0%}', *times,
+      f'{p.step.seconds:.3f}', f'{own["mfu"] or p.mfu:.1%}', f'{c.seconds:.0f}', f'{host:.1f}']) + ' |'
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs/pods')
   parser.add_argument('--only', default='', help='those whose name has this')
-  parser.add_argument('--one', help='compile this one and print what was found')
+  parser.add_argument('--one', help='compile this one alone')
   flags = parser.parse_args()
-  if flags.one:
-    print(json.dumps(compiled(flags.one)))
-    return
   flags.workdir.mkdir(parents=True, exist_ok=True)
+  file_of = lambda name: flags.workdir / f'{name.replace("/", "_")}.json.gz'
+  if flags.one:
+    compiled(flags.one, file_of(flags.one))
+    return
   rows, versions = [], ''
   for name in RUNS:
-    file = flags.workdir / f'{name.replace("/", "_")}.json'
+    file = file_of(name)
     if not file.exists() and flags.only in name:
       print(f'compiling {name} …', flush=True)
-      said = subprocess.run([sys.executable, __file__, f'--one={name}'], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-      file.write_text(said.stdout.splitlines()[-1])
+      subprocess.run([sys.executable, __file__, f'--one={name}', f'--workdir={flags.workdir}'], cwd=ROOT, check=True)
     if file.exists():
-      r = json.loads(file.read_text())
+      r = json.loads(gzip.decompress(file.read_bytes()))
       versions = f'jax {r["jax"]}'
-      rows.append(f'| {name} | {r["peak"]:.2f} | {r["hbm"]} | {r["fusions"]:.3f} | {r["attention"]:.3f} | {r["mfu"]:.1%} | '
-                  f'{r["compile"]:.0f} | {r["host"]:.1f} |')
+      rows.append(row(name, r))
       print(rows[-1], flush=True)
   (ROOT / 'docs/pods.md').write_text(HEAD.format(versions=versions) + '\n'.join(rows) + '\n', encoding='utf-8')
 

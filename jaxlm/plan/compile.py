@@ -10,7 +10,7 @@ import time
 import jax
 from jax.experimental import topologies
 
-from jaxlm import layout
+from jaxlm import layout, xla
 from jaxlm.errors import UsageError
 from jaxlm.optimizer import make_optimizer
 from jaxlm.plan import gpus, hlo
@@ -21,6 +21,10 @@ from jaxlm.train import abstract_batch
 from jaxlm.validate import check_mesh
 
 GIB = 2 ** 30
+
+
+class DoesNotFit(Exception):
+  """A step that wants more HBM than a chip has, by its compiler's word."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,7 @@ def devices(pod: Topology):
 
 def _tpus(pod: Topology):
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # else libtpu asks a cloud's metadata server what machine this is
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # a job that has this machine's chips has libtpu too; none is touched here
   more = {'chip_config_name': 'megacore'} if pod.kind == 'v4' else {}  # both cores of a chip as one device, as its runtime has them
   return topologies.get_topology_desc(platform='tpu', topology_name=pod.name, num_slices=pod.slices, **more).devices
 
@@ -55,8 +60,8 @@ def _gpus(pod: Topology):
   return topologies.get_topology_desc(pod.name, platform='cuda', target_config=gpus.target(pod.kind), topology=f'1x{hosts}x{each}').devices
 
 
-def step(config: Config, topology: str, slices: int = 1, options: dict[str, str] | None = None) -> Compiled:
-  """The train step of a config on its mesh over all chips of the pod. options: the compiler's own."""
+def step(config: Config, topology: str, slices: int = 1) -> Compiled:
+  """The train step of a config on its mesh over all chips of the pod, as a run there would have it. DoesNotFit if it does not."""
   pod = parse(topology, slices)
   mesh = layout.make_mesh(config.mesh, devices(pod))
   check_mesh(config, dict(mesh.shape))
@@ -65,11 +70,20 @@ def step(config: Config, topology: str, slices: int = 1, options: dict[str, str]
     state = layout.named(abstract_state(config, tx), mesh)
     lowered = jax.jit(make_step(config, tx, schedule), donate_argnums=0).trace(state, abstract_batch(config, mesh)).lower(
         lowering_platforms=('cuda' if pod.is_gpu else 'tpu',))
+  return of(lowered, mesh, xla.OPTIONS['gpu' if pod.is_gpu else 'tpu'])
+
+
+def of(lowered, mesh, options: dict[str, str] | None = None) -> Compiled:
+  """What the compiler makes of any step that was lowered for devices of this mesh. DoesNotFit."""
   start = time.monotonic()
   cached = jax.config.jax_enable_compilation_cache
   jax.config.update('jax_enable_compilation_cache', False)  # what it would keep cannot be loaded where there is no chip
   try:
     compiled = lowered.compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' in str(e):
+      raise DoesNotFit(str(e).splitlines()[0]) from e
+    raise
   finally:
     jax.config.update('jax_enable_compilation_cache', cached)
   seconds, memory, text = time.monotonic() - start, compiled.memory_analysis(), compiled.as_text()

@@ -2,20 +2,20 @@
 from jaxlm.schema import GATED, Config, ModelConfig, layer_kinds
 
 
-def _attention(m: ModelConfig) -> int:
-  """Weights of a layer's projections."""
+def projections(m: ModelConfig) -> dict[str, int]:
+  """Weights of a layer's projections, by that of tensors.TENSORS which they make."""
   if not m.mla.kv:
-    return 2 * m.D * m.K * (m.H + m.G)
+    return {'q': m.D * m.H * m.K, 'k': m.D * m.G * m.K, 'v': m.D * m.G * m.K, 'attention_out': m.H * m.K * m.D}
   a = m.mla
-  query = (m.D + m.H * m.K) * a.q if a.q else m.D * m.H * m.K
-  return query + m.D * (a.kv + a.rope) + a.kv * m.H * (m.K - a.rope + a.v) + m.H * a.v * m.D
+  return {'latent': m.D * (a.q + a.kv + a.rope), 'q': (a.q or m.D) * m.H * m.K, 'k': a.kv * m.H * (m.K - a.rope),
+          'v': a.kv * m.H * a.v, 'attention_out': m.H * a.v * m.D}
 
 
 def _layers(m: ModelConfig, experts: int) -> int:
   """Weights of all layers, with so many experts in each mixture."""
   per_ffn = (3 if m.mlp in GATED else 2) * m.D
   feeds = {'mlp': per_ffn * m.F, 'moe': m.D * m.moe.E + per_ffn * (experts * m.moe.F + m.moe.shared)}
-  return m.N * _attention(m) + sum(feeds[feed] for _, feed in layer_kinds(m))
+  return m.N * sum(projections(m).values()) + sum(feeds[feed] for _, feed in layer_kinds(m))
 
 
 def approximate_params(m: ModelConfig) -> int:

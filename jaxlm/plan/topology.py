@@ -23,11 +23,8 @@ class Topology:
   name: str
   kind: str          # a key of CHIPS
   shape: tuple[int, ...]
-  slices: int = 1
-
-  @property
-  def chip(self) -> Chip:
-    return CHIPS[self.kind]
+  slices: int
+  chip: Chip
 
   @property
   def is_gpu(self) -> bool:
@@ -65,8 +62,9 @@ def parse(name: str, slices: int = 1) -> Topology:
     raise UsageError(f'--topology={name}: there is no such {kind} {"cluster" if not CHIPS[kind].links else "slice"}; near it are '
                      f'{", ".join(f"{kind}:{s}" for s in _near(kind, sizes))}')
   if slices < 1 or (slices > 1 and not CHIPS[kind].links):
-    raise UsageError(f'--slices={slices}: ' + ('wants a count' if slices < 1 else f'{kind} has none; give more hosts, as {kind}:{sizes[0] * slices}x{sizes[1]}'))
-  return Topology(name, kind, sizes, slices)
+    raise UsageError(f'--slices={slices}: ' + (
+        'wants a count' if slices < 1 else f'{kind} has none; give more hosts, as {kind}:{sizes[0] * slices}x{sizes[1]}'))
+  return Topology(name, kind, sizes, slices, CHIPS[kind])
 
 
 def _cubes(kind: str, sizes) -> bool:

@@ -1,0 +1,104 @@
+"""`make scaling`: 70B from 64 to 8,192 chips of v5p, weak and strong: MFU predicted and by the compiler's word, and what bounds each.
+
+Weak: 1 sequence of 8,192 a chip. Strong: 1,024 sequences in all, whatever the chips. Each point takes the best mesh that the
+planner finds; those of COMPILED are compiled for the pod too, each in a process of its own, once (--workdir keeps what was found).
+Writes docs/scaling.md and docs/scaling.png.
+
+    python benchmarks/scaling.py [--workdir=runs/scaling]
+"""
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+import matplotlib
+from running import ROOT
+
+from jaxlm import config as configs
+from jaxlm.plan import command, compile as compiling, search
+from jaxlm.plan.topology import parse
+
+PODS = (('v5p:4x4x4', 1), ('v5p:4x4x8', 1), ('v5p:4x8x8', 1), ('v5p:8x8x8', 1), ('v5p:8x8x16', 1), ('v5p:8x16x16', 1), ('v5p:16x16x16', 1),
+        ('v5p:16x16x16', 2))
+COMPILED = {'weak': (64, 512, 4096, 8192), 'strong': (4096,)}
+BATCH = {'weak': lambda chips: chips, 'strong': lambda chips: 1024}
+HEAD = """# 70B from 64 to 8,192 chips
+
+Made by `make scaling` (benchmarks/scaling.py): Llama-3-70B on v5p, rows of 8,192 tokens; 8,192 chips are two slices of
+16 × 16 × 16. Weak: a row a chip; strong: 1,024 rows in all. MFU is predicted, and where a second number stands, costed by
+the TPU compiler from the compiled step (jaxlm/plan/costed.py), with the peak of HBM that it wants, of 95 GiB.
+
+![MFU over chips](scaling.png)
+
+| chips | scaling | mesh and remat | step, s | MFU predicted | MFU compiled | peak GiB predicted | compiled | bound by | waits for |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def best(kind: str, topology: str, slices: int):
+  pod = parse(topology, slices)
+  fixed = [('batch', str(BATCH[kind](pod.chips))), ('loss.over', 'vocabulary')]
+  found, _ = search.search(configs.load('configs/llama3.py:70b', fixed), pod, frozenset(key for key, _ in fixed))
+  return found[0] if found else None
+
+
+def one(kind: str, topology: str, slices: int) -> dict:
+  p = best(kind, topology, slices)
+  return command.entry(p, compiling.step(p.config, topology, slices))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs/scaling')
+  parser.add_argument('--one', nargs=3, help='kind topology slices: compile this one and print what was found')
+  flags = parser.parse_args()
+  if flags.one:
+    print(json.dumps(one(*flags.one[:2], int(flags.one[2]))))
+    return
+  flags.workdir.mkdir(parents=True, exist_ok=True)
+  lines, drawn = [], {}
+  for kind in BATCH:
+    for topology, slices in PODS:
+      p = best(kind, topology, slices)
+      if p is None:
+        lines.append(f'| {parse(topology, slices).chips:,} | {kind} | nothing fits | | | | | | | |')
+        continue
+      file = flags.workdir / f'{kind}_{topology.replace(":", "_")}_{slices}.json'
+      if p.job.pod.chips in COMPILED[kind] and not file.exists():
+        print(f'compiling {kind} {slices} × {topology} …', flush=True)
+        said = subprocess.run([sys.executable, __file__, '--one', kind, topology, str(slices)], cwd=ROOT, check=True,
+                              stdout=subprocess.PIPE, text=True)
+        file.write_text(said.stdout.splitlines()[-1])
+      e = json.loads(file.read_text()) if file.exists() else command.entry(p)
+      compiled = e['compiled']
+      drawn.setdefault(kind, []).append((p.job.pod.chips, e['predicted_mfu'], compiled and compiled['mfu']))
+      waits = ', '.join(f'{axis} {s:.2f} s' for axis, s in e['seconds']['exposed'].items() if s > .01 * e['predicted_step_seconds'])
+      stated = ' '.join(f'{key.removeprefix("mesh.").removeprefix("model.")}={value}' for key, value in e['config'].items())
+      lines.append(f'| {p.job.pod.chips:,} | {kind} | {stated} | {e["predicted_step_seconds"]:.2f} | {e["predicted_mfu"]:.1%} | '
+                   + (f'{compiled["mfu"]:.1%}' if compiled else '') + f' | {e["predicted_hbm_gib"]["peak"]:.1f} | '
+                   + (f'{e["hbm_gib"]["peak"]:.1f}' if compiled else '') + f' | {e["bound_by"]} | {waits} |')
+      print(lines[-1], flush=True)
+  (ROOT / 'docs/scaling.md').write_text(HEAD + '\n'.join(lines) + '\n', encoding='utf-8')
+  draw(drawn)
+
+
+def draw(drawn: dict) -> None:
+  matplotlib.use('Agg')
+  from matplotlib import pyplot  # pylint: disable=g-import-not-at-top
+  figure, axes = pyplot.subplots(figsize=(7, 4), layout='constrained')
+  for kind, color in (('weak', 'tab:blue'), ('strong', 'tab:orange')):
+    points = drawn.get(kind, [])
+    axes.plot([x for x, _, _ in points], [100 * y for _, y, _ in points], color=color, marker='.', label=f'{kind}, predicted')
+    compiled = [(x, 100 * z) for x, _, z in points if z]
+    axes.plot(*zip(*compiled), linestyle='none', marker='o', markerfacecolor='none', color=color, label=f'{kind}, by the compiler')
+  axes.set(xscale='log', xlabel='chips of v5p', ylabel='MFU, %', ylim=(0, None), title='Llama-3-70B')
+  axes.set_xticks([x for x, _, _ in drawn['weak']], [f'{x:,}' for x, _, _ in drawn['weak']])
+  axes.minorticks_off()
+  axes.grid(alpha=.3)
+  axes.legend()
+  figure.savefig(ROOT / 'docs/scaling.png', dpi=130)
+
+
+if __name__ == '__main__':
+  main()
