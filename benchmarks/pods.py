@@ -36,7 +36,9 @@ RUNS = {  # name: config, topology, slices, what differs
         **PIECES, 'batch': 1024, 'mesh.data': 16, 'mesh.fsdp': 64, 'mesh.tensor': 4}),
     '405B, 2 × v6e:16x16, layer inputs offloaded': ('llama3.py:405b', 'v6e:16x16', 2, {
         **PIECES, 'batch': 64, 'mesh.data': 2, 'mesh.fsdp': 32, 'mesh.tensor': 8, 'model.offload': 'block_in'}),
-    'Mixtral-8x7B, v6e:16x16': ('mixtral.py:8x7b', 'v6e:16x16', 1, {
+    'Mixtral-8x7B, v6e:16x16, data 4 × fsdp 64': ('mixtral.py:8x7b', 'v6e:16x16', 1, {
+        **PIECES, 'batch': 512, 'mesh.data': 4, 'mesh.fsdp': 64, 'loss.chunks': 8}),
+    'Mixtral-8x7B, v6e:16x16, fsdp 32 × expert 8': ('mixtral.py:8x7b', 'v6e:16x16', 1, {
         **PIECES, 'batch': 512, 'mesh.fsdp': 32, 'mesh.expert': 8, 'loss.chunks': 8}),
     '8B, rows of 1,048,576, v5p:8x8x8': ('llama3.py:8b', 'v5p:8x8x8', 1, {
         **PIECES, 'batch': 8, 'length': 2 ** 20, 'mesh.fsdp': 8, 'mesh.context': 64}),

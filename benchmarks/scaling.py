@@ -4,7 +4,7 @@ Weak: 1 sequence of 8,192 a chip. Strong: 1,024 sequences in all, whatever the c
 planner finds; those of COMPILED are compiled for the pod too, each in a process of its own, once (--workdir keeps what was found).
 Writes docs/scaling.md and docs/scaling.png.
 
-    python benchmarks/scaling.py [--workdir=runs/scaling]
+    python benchmarks/scaling.py [--workdir=runs/scaling] [--cached]
 """
 import argparse
 import json
@@ -52,6 +52,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs/scaling')
   parser.add_argument('--one', nargs=3, help='kind topology slices: compile this one and print what was found')
+  parser.add_argument('--cached', action='store_true', help='compile nothing: take what is there')
   flags = parser.parse_args()
   if flags.one:
     print(json.dumps(one(*flags.one[:2], int(flags.one[2]))))
@@ -65,7 +66,7 @@ def main() -> None:
         lines.append(f'| {parse(topology, slices).chips:,} | {kind} | nothing fits | | | | | | | |')
         continue
       file = flags.workdir / f'{kind}_{topology.replace(":", "_")}_{slices}.json'
-      if p.job.pod.chips in COMPILED[kind] and not file.exists():
+      if p.job.pod.chips in COMPILED[kind] and not file.exists() and not flags.cached:
         print(f'compiling {kind} {slices} × {topology} …', flush=True)
         said = subprocess.run([sys.executable, __file__, '--one', kind, topology, str(slices)], cwd=ROOT, check=True,
                               stdout=subprocess.PIPE, text=True)

@@ -1,9 +1,10 @@
 """The step compiled for TPU pods by their own compiler: kernels and collectives are those that were asked for."""
+import json
 import re
 
 import pytest
 
-from jaxlm import config as configs
+from jaxlm import cli, config as configs
 from jaxlm.errors import UsageError
 from jaxlm.plan import compile as compiling, hlo
 
@@ -84,3 +85,21 @@ def test_stages_hand_on_to_their_neighbours():
 def test_a_topology_that_does_not_exist_is_refused():
   with pytest.raises(UsageError, match='--topology=v5e:3x999'):
     compiling.devices('v5e:3x999')
+
+
+def test_plans_are_verified_by_the_compiler(tmp_path):
+  """jaxlm plan --verify: compiled beside predicted, and the program is kept. D of a device is a whole row of lanes, so that arrays
+  are not padded."""
+  file, out, program = tmp_path / 'small.py', tmp_path / 'plan.json', tmp_path / 'step.hlo'
+  model = {key.removeprefix('model.'): value for key, value in SMALL.items() if key.startswith('model.')}
+  file.write_text('from ml_collections import ConfigDict\ndef get_config():\n'
+                  f'  return ConfigDict(dict(batch=64, length=512, model=dict({model!r}), loss=dict(chunks=2, over="vocabulary")))\n')
+  cli.run(['plan', f'--config={file}', '--topology=v5e:2x4', '--verify', '--best=1', f'--hlo={program}', f'--json={out}',
+           '--config.mesh.tensor=2', '--config.mesh.data=1', '--config.model.D=512', '--config.model.remat=full'])
+  result = json.loads(out.read_text())
+  assert result['verified'] and result['compile_seconds'] > 0 and result['mesh']['tensor'] == 2
+  assert result['hbm_gib']['arguments'] == pytest.approx(result['predicted_hbm_gib']['arguments'], rel=0.03)
+  assert result['hbm_gib']['peak'] > result['hbm_gib']['arguments'] and result['fits']
+  assert 0 < result['compiled']['mfu'] < 1
+  kept = hlo.read(program.read_text())
+  assert hlo.seconds(kept, 1.5e9) == pytest.approx(result['compiled']['seconds']['fusions'])

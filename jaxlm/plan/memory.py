@@ -53,8 +53,8 @@ def widths(m: ModelConfig, feed: str, rows: int = 0) -> dict[str, float]:
   return {name: size for name, size in every.items() if name in there}
 
 
-def _rows(j: Job) -> int:
-  """Of experts, that a device has room for, a token: how many come, only the router knows, so that it is the most that can."""
+def expert_rows(j: Job) -> int:
+  """Of experts, that a device has room for and works on, a token: how many come, only the router knows, so that it is the most that can."""
   moe, experts = j.config.model.moe, j.mesh['expert']
   return experts * min(moe.top_k, moe.E // experts) if experts > 1 and moe.dispatch == 'dropless' else moe.top_k
 
@@ -68,10 +68,10 @@ def _device_has(j: Job, size: float) -> float:
 def layer_activations(j: Job, feed: str) -> tuple[float, float]:
   """Bytes that a layer keeps for its backward pass, (on the device, on the host)."""
   m = j.config.model
-  sizes = widths(m, feed, _rows(j))
+  sizes = widths(m, feed, expert_rows(j))
   sizes['mlp_out'] = sizes['mlp_out'] if m.norm_place != 'pre' else 0  # nothing reads it
   if m.remat == 'none':
-    F = m.F if feed == 'mlp' else _rows(j) * (m.moe.F + m.D / 2) + m.moe.shared
+    F = m.F if feed == 'mlp' else expert_rows(j) * (m.moe.F + m.D / 2) + m.moe.shared
     return _device_has(j, WHOLE['D'] * m.D + WHOLE['HK'] * m.H * m.K + WHOLE['F'] * F), 0.
   if m.remat == 'dots':
     return _device_has(j, sum(size for name, size in sizes.items() if name not in ('attention', 'experts_in'))), 0.
@@ -107,7 +107,7 @@ def hbm(j: Job) -> Hbm:
 def _layer(j: Job) -> float:
   """Bytes that the backward pass of the greatest layer works on."""
   m = j.config.model
-  F = max(_rows(j) * (m.moe.F + m.D / 2) + m.moe.shared if feed == 'moe' else m.F for feed in j.feeds)
+  F = max(expert_rows(j) * (m.moe.F + m.D / 2) + m.moe.shared if feed == 'moe' else m.F for feed in j.feeds)
   tokens = j.tokens / (j.config.model.pipeline.pieces or j.mesh['stage']) if j.mesh['stage'] > 1 else j.tokens
   wide = tokens * ITEM[m.dtype]
   at_work = wide * (WORKING['D'] * m.D + (WORKING['HK'] * m.H * m.K + WORKING['F'] * F) / j.shards('H'))

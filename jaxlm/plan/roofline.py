@@ -11,7 +11,7 @@ import dataclasses
 from jaxlm import tensors
 from jaxlm.plan import cost, traffic
 from jaxlm.plan.job import ITEM, Job
-from jaxlm.plan.memory import in_flight, layer_activations, widths
+from jaxlm.plan.memory import expert_rows, in_flight, layer_activations, widths
 from jaxlm.schema import ModelConfig
 
 
@@ -73,7 +73,8 @@ def flops(j: Job) -> tuple[float, float, float]:
   c, m = j.config, j.config.model
   tokens = c.batch * c.length / j.pod.devices
   redone = [(count, again(m, feed)) for feed, count in j.feeds.items()]
-  more = (m.moe.capacity - 1) * m.moe.top_k * 3 * m.D * m.moe.F if m.moe.E and m.moe.dispatch == 'capacity' else 0
+  rows = m.moe.capacity * m.moe.top_k if m.moe.dispatch == 'capacity' else expert_rows(j)
+  more = (rows - m.moe.top_k) * 3 * m.D * m.moe.F
   head = m.V * m.D
   products = 6 * (cost.weights_of_a_token(m) - head + more * j.feeds.get('moe', 0)) + 2 * sum(count * r[0] for count, r in redone)
   each = 2 * m.H * (m.K + (m.mla.v or m.K)) * cost.scores(m, c.length) / m.N
