@@ -84,7 +84,7 @@ def test_stages_hand_on_to_their_neighbours():
 
 def test_a_topology_that_does_not_exist_is_refused():
   with pytest.raises(UsageError, match='--topology=v5e:3x999'):
-    compiling.devices('v5e:3x999')
+    compiling.step(configs.from_flat(SMALL), 'v5e:3x999')
 
 
 def test_plans_are_verified_by_the_compiler(tmp_path):
