@@ -124,6 +124,7 @@ def test_the_best_is_what_a_search_by_hand_finds():
           by_hand += [] if p.why_not() else [p.step.seconds]
   assert found[0].step.seconds == min(by_hand)
   assert all(p.fits and math.prod(p.job.mesh.values()) == 8 for p in found)
+  assert all(dataclasses.asdict(p.config.mesh) == p.job.mesh for p in found)  # what --verify compiles
   assert any('mesh.tensor=8 does not divide it' in reason and 'model.G=4' in reason for reason in refused)
 
 

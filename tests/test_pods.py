@@ -95,9 +95,9 @@ def test_plans_are_verified_by_the_compiler(tmp_path):
   file.write_text('from ml_collections import ConfigDict\ndef get_config():\n'
                   f'  return ConfigDict(dict(batch=64, length=512, model=dict({model!r}), loss=dict(chunks=2, over="vocabulary")))\n')
   cli.run(['plan', f'--config={file}', '--topology=v5e:2x4', '--verify', '--best=1', f'--hlo={program}', f'--json={out}',
-           '--config.mesh.tensor=2', '--config.mesh.data=1', '--config.model.D=512', '--config.model.remat=full'])
+           '--config.mesh.data=2', '--config.mesh.tensor=2', '--config.model.D=512', '--config.model.remat=full'])
   result = json.loads(out.read_text())
-  assert result['verified'] and result['compile_seconds'] > 0 and result['mesh']['tensor'] == 2
+  assert result['verified'] and result['compile_seconds'] > 0 and (result['mesh']['data'], result['mesh']['fsdp'], result['mesh']['tensor']) == (2, 2, 2)
   assert result['hbm_gib']['arguments'] == pytest.approx(result['predicted_hbm_gib']['arguments'], rel=0.03)
   assert result['hbm_gib']['peak'] > result['hbm_gib']['arguments'] and result['fits']
   assert 0 < result['compiled']['mfu'] < 1

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxlm import layout
 from jaxlm.optimizer import make_optimizer, path_of
 from jaxlm.plan.topology import Topology
-from jaxlm.schema import Config, layer_kinds
+from jaxlm.schema import Config, MeshConfig, layer_kinds
 from jaxlm.step import abstract_state
 
 ITEM = {'float32': 4, 'bfloat16': 2}
@@ -64,6 +64,7 @@ class Job:
 
 def job(config: Config, mesh: dict[str, int], pod: Topology, traced: tuple[Arrays, ...] | None = None) -> Job:
   """The step of a config, on a mesh in place of its own. traced: its arrays, if they are known."""
+  config = dataclasses.replace(config, mesh=MeshConfig(**mesh))
   return Job(config, {axis: mesh[axis] for axis in layout.AXES}, pod, traced or arrays(config))
 
 
