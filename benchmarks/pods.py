@@ -7,15 +7,12 @@ not compiled again.
 """
 import argparse
 import dataclasses
-import gzip
 import json
 import pathlib
 import resource
-import subprocess
-import sys
 
 import jax
-from running import ROOT
+from running import ROOT, kept
 
 from jaxlm import config as configs
 from jaxlm.plan import command, compile as compiling, costed, hlo, search
@@ -68,14 +65,11 @@ def planned(name: str) -> search.Plan:
   return search.plan(config, filled(config.mesh, pod.devices), pod)
 
 
-def compiled(name: str, file: pathlib.Path) -> None:
-  """One of RUNS, in this process → what the compiler made of it, in `file`, with its program."""
+def compiled(name: str) -> dict:
+  """What the compiler makes of one of RUNS, in this process, its program too."""
   p, (_, topology, slices, _) = planned(name), RUNS[name]
   found = dataclasses.asdict(dataclasses.replace(compiling.step(p.config, topology, slices), ops=[]))
-  host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-  with gzip.open(file.with_suffix('.new'), 'wt', encoding='utf-8') as new:
-    json.dump({**found, 'jax': jax.__version__, 'host': host}, new)
-  file.with_suffix('.new').rename(file)
+  return {**found, 'jax': jax.__version__, 'host': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
 
 
 def row(name: str, r: dict) -> str:
@@ -93,21 +87,17 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs/pods')
   parser.add_argument('--only', default='', help='those whose name has this')
-  parser.add_argument('--one', help='compile this one alone')
+  parser.add_argument('--one', help='compile this one and print what was found')
   flags = parser.parse_args()
-  flags.workdir.mkdir(parents=True, exist_ok=True)
-  file_of = lambda name: flags.workdir / f'{name.replace("/", "_")}.json.gz'
   if flags.one:
-    compiled(flags.one, file_of(flags.one))
+    print(json.dumps(compiled(flags.one)))
     return
+  flags.workdir.mkdir(parents=True, exist_ok=True)
   rows, versions = [], ''
   for name in RUNS:
-    file = file_of(name)
-    if not file.exists() and flags.only in name:
-      print(f'compiling {name} …', flush=True)
-      subprocess.run([sys.executable, __file__, f'--one={name}', f'--workdir={flags.workdir}'], cwd=ROOT, check=True)
-    if file.exists():
-      r = json.loads(gzip.decompress(file.read_bytes()))
+    file = flags.workdir / f'{name}.json'
+    if file.exists() or flags.only in name:
+      r = kept(file, __file__, f'--one={name}')
       versions = f'jax {r["jax"]}'
       rows.append(row(name, r))
       print(rows[-1], flush=True)

@@ -9,11 +9,9 @@ Writes docs/scaling.md and docs/scaling.png.
 import argparse
 import json
 import pathlib
-import subprocess
-import sys
 
 import matplotlib
-from running import ROOT
+from running import ROOT, kept
 
 from jaxlm import config as configs
 from jaxlm.plan import command, compile as compiling, search
@@ -66,12 +64,8 @@ def main() -> None:
         lines.append(f'| {parse(topology, slices).chips:,} | {kind} | nothing fits | | | | | | | |')
         continue
       file = flags.workdir / f'{kind}_{topology.replace(":", "_")}_{slices}.json'
-      if p.job.pod.chips in COMPILED[kind] and not file.exists() and not flags.cached:
-        print(f'compiling {kind} {slices} × {topology} …', flush=True)
-        said = subprocess.run([sys.executable, __file__, '--one', kind, topology, str(slices)], cwd=ROOT, check=True,
-                              stdout=subprocess.PIPE, text=True)
-        file.write_text(said.stdout.splitlines()[-1])
-      e = json.loads(file.read_text()) if file.exists() else command.entry(p)
+      wanted = p.job.pod.chips in COMPILED[kind] and not flags.cached
+      e = kept(file, __file__, '--one', kind, topology, str(slices)) if wanted or file.exists() else command.entry(p)
       compiled = e['compiled']
       drawn.setdefault(kind, []).append((p.job.pod.chips, e['predicted_mfu'], compiled and compiled['mfu']))
       waits = ', '.join(f'{axis} {s:.2f} s' for axis, s in e['seconds']['exposed'].items() if s > .01 * e['predicted_step_seconds'])

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import re
 import typing
 
 from jaxlm.errors import UsageError
@@ -119,7 +120,8 @@ def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
 
   A config file is Python code and runs as such: treat it as you treat a script.
   """
-  path, _, topology = path.partition('@')
+  asked = re.fullmatch(r'(.*\.py(?::[^@/]*)?)@([^@/]*)', path)
+  path, topology = asked.groups() if asked else (path, '')
   if path.endswith('.json'):
     return _overridden(_read_json(path), overrides)
   file, _, argument = path.partition(':')

@@ -1,4 +1,5 @@
 """A bad config is one clear line and exit code 2, before jax is even imported."""
+import pathlib
 import subprocess
 import sys
 
@@ -141,3 +142,14 @@ def test_configs_for_fine_tuning_are_good(name):
   choices = len([x for x in c.data.classes.split('|') if x])
   assert (c.data.target or c.data.template) and c.model.C == (2 if c.objective.name == 'span' else choices)
   assert c.model.lora.rank == (8 if name == 'code:8' else 0)
+
+
+def test_an_at_sign_in_a_folder_is_no_topology(tmp_path):
+  """FILE.py[:SIZE]@TOPOLOGY is asked of configs/pods.json; a@b/config.json is a file."""
+  folder = tmp_path / 'a@b'
+  folder.mkdir()
+  (folder / 'config.json').write_text(configs.to_json(configs.load(FILE)))
+  (folder / 'c.py').write_text(pathlib.Path(FILE).read_text(encoding='utf-8'), encoding='utf-8')
+  assert configs.load(str(folder / 'config.json')) == configs.load(str(folder / 'c.py')) == configs.load(FILE)
+  with pytest.raises(UsageError, match='@v5e:16x16: nothing is recommended for it; there is nothing for this config'):
+    configs.load(f'{folder}/c.py@v5e:16x16')

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jaxlm import cli, config as configs, layout
 from jaxlm.errors import UsageError
 from jaxlm.optimizer import make_optimizer
-from jaxlm.plan import command, cost, memory, published, roofline, search, topology, traffic
+from jaxlm.plan import command, compile as compiling, cost, memory, published, roofline, search, topology, traffic
 from jaxlm.plan.job import job
 from jaxlm.step import abstract_state
 from jaxlm.validate import check_mesh
@@ -204,3 +204,10 @@ def test_recommended_meshes_are_the_planners_first(name):
   assert recommendations()[name]['v6e:16x16'] == search.search(config, pod, frozenset({'loss.over'}))[0][0].stated
   with pytest.raises(UsageError, match='@v6e:4x4: nothing is recommended for it; there is v5e:16x16'):
     configs.load(f'configs/{name}@v6e:4x4')
+
+
+def test_a_compiler_that_is_not_installed_is_named_before_the_search(monkeypatch):
+  monkeypatch.setattr(compiling.importlib.util, 'find_spec', lambda name: None)
+  for pod, module in (('h100:1x8', 'jax_cuda12_plugin'), ('v5e:2x4', 'libtpu')):
+    with pytest.raises(UsageError, match=rf"--topology={pod}: its compiler \({module}\) is not installed; pip install 'jaxlm\[pods\]'"):
+      cli.run(['plan', '--config=configs/quickstart.py', f'--topology={pod}', '--verify'])

@@ -50,7 +50,9 @@ def run(f, overrides: list[tuple[str, str]]) -> dict:
   config = configs.load(f.config, overrides)
   if config.model.kind in ('ngram', 'rnn', 'rnn_seq2seq'):
     raise UsageError(f'model.kind={config.model.kind}: the planner knows transformers')
-  from jaxlm.plan import cost, search, show  # pylint: disable=g-import-not-at-top
+  from jaxlm.plan import compile as compiling, cost, search, show  # pylint: disable=g-import-not-at-top
+  if f.verify:
+    compiling.check_installed(pod)
   own = _own(config, pod)
   found, refused = search.search(config, pod, frozenset(key for key, _ in overrides))
   result = {'topology': f.topology, 'chips': pod.chips, 'slices': pod.slices, 'as_stated': own if isinstance(own, str) else entry(own)}
@@ -88,7 +90,7 @@ def entry(p, compiled=None) -> dict:
   out = {
       'config': p.stated, 'mesh': p.job.mesh, 'hbm_gib': {**predicted, 'limit': p.limit}, 'predicted_hbm_gib': {**predicted, **by_class},
       'fits': p.fits, 'predicted_step_seconds': p.step.seconds, 'predicted_mfu': p.mfu, 'bound_by': p.step.bound_by,
-      'seconds': {**dataclasses.asdict(p.step)}, 'comm_gib_per_axis': {a: b / 2 ** 30 for a, b in traffic.received(p.job).items() if b},
+      'seconds': dataclasses.asdict(p.step), 'comm_gib_per_axis': {a: b / 2 ** 30 for a, b in traffic.received(p.job).items() if b},
       'tokens_per_day': c.batch * c.length * 86400 / p.step.seconds, 'days': hours / 24, 'chip_hours': hours * pod.chips,
       'compile_seconds': None, 'verified': False, 'compiled': None}
   if compiled:
@@ -117,7 +119,7 @@ def _verified(found, f) -> list[dict]:
     out.append((entry(p, compiled), compiled.text))
   if not out:
     raise UsageError(f'--topology={f.topology}: of what the planner takes to fit, the compiler lets nothing; see above')
-  out.sort(key=lambda pair: (pair[0]['compiled'] or {}).get('step_seconds') or pair[0]['predicted_step_seconds'])
+  out.sort(key=lambda pair: pair[0]['compiled']['step_seconds'] or pair[0]['predicted_step_seconds'])
   if f.hlo:
     with open(f.hlo, 'w', encoding='utf-8') as file:
       file.write(out[0][1])

@@ -4,6 +4,7 @@ Nothing is allocated and no chip is touched. It wants the compilers: for TPUs th
 ptxas and cuDNN (`pip install 'jaxlm[pods]'`).
 """
 import dataclasses
+import importlib.util
 import os
 import time
 
@@ -40,8 +41,19 @@ class Compiled:
   ops: list[hlo.Op]
 
 
+COMPILERS = {'tpu': 'libtpu', 'gpu': 'jax_cuda12_plugin'}  # modules that bring them
+
+
+def check_installed(pod: Topology) -> None:
+  """UsageError if this machine has not the compiler for a pod."""
+  module = COMPILERS['gpu' if pod.is_gpu else 'tpu']
+  if importlib.util.find_spec(module) is None:
+    raise UsageError(f'--topology={pod.name}: its compiler ({module}) is not installed; pip install \'jaxlm[pods]\'')
+
+
 def devices(pod: Topology):
   """The devices of a pod, as the compiler describes them. UsageError if it is not installed or knows no such topology."""
+  check_installed(pod)
   try:
     return _gpus(pod) if pod.is_gpu else _tpus(pod)
   except RuntimeError as e:

@@ -7,6 +7,7 @@ number of arrays of each width, which was fitted to compiled programs (WORKING; 
 import dataclasses
 
 from jaxlm import tensors
+from jaxlm.models import pipeline
 from jaxlm.plan.job import ITEM, Job
 from jaxlm.schema import ModelConfig
 
@@ -89,9 +90,7 @@ def in_flight(j: Job) -> float:
   if stages == 1:
     return 1.
   how = j.config.model.pipeline
-  pieces = how.pieces or stages
-  ticks = (how.rounds - 1) * max(pieces, stages) + pieces + stages - 1
-  return ticks / (pieces * how.rounds) / stages
+  return 1 / (1 - pipeline.bubble(how, stages, how.pieces or stages)) / stages
 
 
 def hbm(j: Job) -> Hbm:

@@ -1,7 +1,7 @@
 """How long a step takes, from the config, the mesh and the pod alone.
 
-    step = matrix products ÷ (peak · share) + attention ÷ (peak · share) + bytes of elementwise work ÷ HBM bandwidth
-         + what of collectives and of the host's memory is not hidden behind these, all ÷ (1 − bubble of the pipeline)
+    step = (matrix products ÷ (peak · share) + attention ÷ (peak · share) + bytes of elementwise work ÷ HBM bandwidth)
+           ÷ (1 − bubble of the pipeline) + what of collectives and of the host's memory is not hidden behind these
 
 The shares are the only numbers in it that are not a count or a chip's own: REACHED, fitted on half of the published runs of
 plan/published.py and judged on the others (`jaxlm plan --validate`; the table is docs/planner.md).
@@ -122,6 +122,4 @@ def step(j: Job, reached: Reached | None = None) -> Step:
   for axis, cover in (('context', attention), ('host', .5 * (products + attention + work))):  # sent while these go on
     exposed[axis] = max(0., seconds.get(axis, 0.) - cover)
   busy = products + attention + work
-  how, stages = m.pipeline, j.mesh['stage']
-  idle = busy * (in_flight(j) * stages - 1) if stages > 1 else 0.
-  return Step(products, attention, work, {a: s for a, s in exposed.items() if s}, idle)
+  return Step(products, attention, work, {a: s for a, s in exposed.items() if s}, busy * (in_flight(j) * j.mesh['stage'] - 1))
