@@ -109,7 +109,7 @@ def _trips(bodies, condition: str, around: list[str], line: str) -> int:
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
   if known:
     return int(known[1])
-  limits = re.findall(r'= s32\[\]\S* constant\((\d+)\)', '\n'.join(bodies[condition]))
+  limits = re.findall(r'= [su]32\[\]\S* constant\((\d+)\)', '\n'.join(bodies[condition]))
   if len(limits) != 1:
     raise ValueError(f'the loop with condition {condition} does not say how often it runs')
   counter = re.search(r'get-tuple-element\([^)]*\), index=(\d+)', '\n'.join(bodies[condition]))
