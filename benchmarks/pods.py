@@ -34,9 +34,9 @@ RUNS = {  # name: config, topology, slices, what differs
     '405B, 2 × v6e:16x16, layer inputs offloaded': ('llama3.py:405b', 'v6e:16x16', 2, {
         **PIECES, 'batch': 64, 'mesh.data': 2, 'mesh.fsdp': 32, 'mesh.tensor': 8, 'model.offload': 'block_in'}),
     'Mixtral-8x7B, v6e:16x16, data 4 × fsdp 64': ('mixtral.py:8x7b', 'v6e:16x16', 1, {
-        **PIECES, 'batch': 512, 'mesh.data': 4, 'mesh.fsdp': 64, 'loss.chunks': 8}),
+        **PIECES, 'batch': 1024, 'mesh.data': 4, 'mesh.fsdp': 64, 'loss.chunks': 8}),
     'Mixtral-8x7B, v6e:16x16, fsdp 32 × expert 8': ('mixtral.py:8x7b', 'v6e:16x16', 1, {
-        **PIECES, 'batch': 512, 'mesh.fsdp': 32, 'mesh.expert': 8, 'loss.chunks': 8}),
+        **PIECES, 'batch': 1024, 'mesh.fsdp': 32, 'mesh.expert': 8, 'loss.chunks': 8}),
     '8B, rows of 1,048,576, v5p:8x8x8': ('llama3.py:8b', 'v5p:8x8x8', 1, {
         **PIECES, 'batch': 8, 'length': 2 ** 20, 'mesh.fsdp': 8, 'mesh.context': 64}),
     '8B, h100:16x8': ('llama3.py:8b', 'h100:16x8', 1, {**PIECES, 'batch': 128, 'mesh.fsdp': 128}),
@@ -49,12 +49,12 @@ Made by `make pods` (benchmarks/pods.py) with {versions}: the real TPU and GPU c
 config (8,192 tokens; Mixtral 4,096) unless said otherwise.
 
 Peak HBM is the compiler's, of one device, beside what the chip has, and as `jaxlm plan` predicts it with no compiler. A step's
-seconds are the TPU compiler's estimate for its fusions at the chip's clock; attention's kernels, which it does not estimate, at the
-share of the chip's peak that published runs reach (jaxlm/plan/roofline.py); and collectives that nothing runs beside, at the rate of
+seconds are the TPU compiler's estimate for its fusions at the chip's clock; kernels of attention and of experts, which it does not
+estimate, at the shares of the chip's peak that published runs reach (jaxlm/plan/roofline.py, costed.py); and collectives that nothing runs beside, at the rate of
 the links. XLA's GPU compiler estimates nothing: there the step is the planner's. MFU is model FLOPs over that (causal, nothing
 recomputed is counted: jaxlm/plan/cost.py).
 
-| step | chips | peak, GiB | of | predicted | off by | fusions, s | attention, s | waits, s | step predicted, s | MFU | compiled in, s | host memory, GiB |
+| step | chips | peak, GiB | of | predicted | off by | fusions, s | kernels, s | waits, s | step predicted, s | MFU | compiled in, s | host memory, GiB |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -77,7 +77,7 @@ def row(name: str, r: dict) -> str:
   p, host, _ = planned(name), r.pop('host'), r.pop('jax')
   c = compiling.Compiled(**{**r, 'ops': hlo.read(r['text'])})
   own, made = command.entry(p, c)['compiled'], costed.seconds(p.job, c)
-  times = [f'{made[part]:.3f}' for part in ('fusions', 'attention', 'waits')] if made else ['–'] * 3
+  times = [f'{made[part]:.3f}' for part in ('fusions', 'kernels', 'waits')] if made else ['–'] * 3
   return '| ' + ' | '.join([
       name, f'{p.job.pod.chips:,}', f'{c.peak:.2f}', f'{p.limit:g}', f'{p.hbm.peak:.2f}', f'{own["error_of_peak"]:+.0%}', *times,
       f'{p.step.seconds:.3f}', f'{own["mfu"] or p.mfu:.1%}', f'{c.seconds:.0f}', f'{host:.1f}']) + ' |'

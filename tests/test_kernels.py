@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UsageError
-from jaxlm.kernels import cudnn, on_mesh, splash
+from jaxlm.kernels import cudnn, grouped, on_mesh, splash
 from jaxlm.kernels.patterns import How, Rows
 from jaxlm.schema import ModelConfig
 from tests import common
@@ -134,3 +134,24 @@ def test_cudnn_is_chosen_on_gpu_where_it_can_and_refused_by_name_where_not():
     with pytest.raises(UsageError, match=f'model.attention=cudnn.*{word}'):
       on_mesh.chosen('cudnn', 'gpu', {'cudnn': cudnn.refusal(how, q, k, v)})
     assert on_mesh.chosen('auto', 'gpu', {'cudnn': cudnn.refusal(how, q, k, v)}) == 'dot_product'
+
+
+@pytest.mark.parametrize('dtype, T, D, F, sizes', [
+    ('float32', 256, 128, 256, [40, 0, 130, 60]), ('float32', 512, 384, 1408, [0, 512, 0, 0]), ('bfloat16', 384, 256, 128, [1, 2, 3, 4]),
+    ('float32', 128, 96, 200, [3, 60, 1, 64])])
+def test_rows_of_groups_are_multiplied_as_by_a_loop_over_groups(dtype, T, D, F, sizes):
+  """Rows of no group are NaN, and touch nothing."""
+  rng = np.random.default_rng(0)
+  array = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  rows_TD, w_EDF, g_TF, sizes_E = array(T, D), array(4, D, F), array(T, F), jnp.array(sizes)
+  real = jnp.arange(T)[:, None] < sum(sizes)
+  rows_TD, g_TF = (jnp.where(real, a, jnp.nan) for a in (rows_TD, g_TF))
+  group_T = np.repeat(np.arange(4), sizes)
+  rows, w, g = (np.asarray(a, np.float64) for a in (rows_TD, w_EDF, g_TF))
+  end = np.cumsum(sizes)
+  runs = [slice(e - n, e) for e, n in zip(end, sizes)]
+  close = lambda mine, right: np.testing.assert_allclose(
+      np.asarray(mine, np.float64)[:len(right)], right, rtol=2e-2 if dtype == 'bfloat16' else 1e-4, atol=1e-4 if dtype == 'float32' else .2)
+  close(grouped.by_megablox(rows_TD, w_EDF, sizes_E, interpret=True), np.stack([rows[t] @ w[e] for t, e in enumerate(group_T)]))
+  close(grouped.by_megablox(g_TF, w_EDF, sizes_E, transposed=True, interpret=True), np.stack([g[t] @ w[e].T for t, e in enumerate(group_T)]))
+  close(grouped.outer_by_megablox(rows_TD, g_TF, sizes_E, interpret=True), np.stack([rows[r].T @ g[r] for r in runs]))

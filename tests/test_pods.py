@@ -33,22 +33,23 @@ def test_splash_goes_round_the_ring_and_loops_are_counted():
 
 def runs(c, kernel):
   """How often a kernel runs in a step."""
-  return sum(op.times for op in hlo.kernels(c.ops) if op.name.startswith(f'splash_mha_{kernel}'))
+  return sum(op.times for op in hlo.kernels(c.ops) if op.name.startswith(kernel))
 
 
 @pytest.mark.parametrize('mesh, times', [({'mesh.fsdp': 8}, 1), ({'mesh.fsdp': 4, 'mesh.context': 2}, 5)])  # in a layer, once
 def test_the_kernel_does_not_run_again_where_what_it_made_is_kept(mesh, times):
   full, kept = (compiled({**mesh, 'model.remat': name}) for name in ('full', 'attention'))
-  assert (runs(full, 'fwd'), runs(kept, 'fwd')) == (2 * times * SMALL['model.N'], times * SMALL['model.N'])
-  assert runs(full, 'dq') == runs(kept, 'dq') == times * SMALL['model.N']
+  assert (runs(full, 'splash_mha_fwd'), runs(kept, 'splash_mha_fwd')) == (2 * times * SMALL['model.N'], times * SMALL['model.N'])
+  assert runs(full, 'splash_mha_dq') == runs(kept, 'splash_mha_dq') == times * SMALL['model.N']
 
 
 def test_what_is_offloaded_is_in_the_hosts_memory():
-  """S(5) in the compiler's words. Of its loops over layers it peels off a turn, which is counted apart."""
-  c = compiled({'mesh.fsdp': 8, 'model.offload': 'block_in attention'})
-  assert re.search(r'bf16\[4,1,512,256\]\{[^}]*S\(5\)\}', c.text)
-  assert re.search(r'bf16\[4,1,4,512,128\]\{[^}]*S\(5\)\}', c.text)
-  assert runs(c, 'fwd') == runs(c, 'dq') == SMALL['model.N']
+  """S(5) in the compiler's words. Of its loops over layers it peels off a turn, which is counted apart. Two rows a device: of one,
+  libtpu 0.0.52 fails on attention's sums."""
+  c = compiled({'mesh.fsdp': 8, 'batch': 16, 'model.offload': 'block_in attention'})
+  assert re.search(r'bf16\[4,2,512,256\]\{[^}]*S\(5\)\}', c.text)
+  assert re.search(r'bf16\[4,2,4,512,128\]\{[^}]*S\(5\)\}', c.text)
+  assert runs(c, 'splash_mha_fwd') == runs(c, 'splash_mha_dq') == SMALL['model.N']
 
 
 def test_offloaded_moments_are_no_arguments_on_the_device():
@@ -63,9 +64,11 @@ def test_all_keys_come_to_all_where_a_ring_is_not_asked_for():
 
 
 def test_rows_go_to_their_experts_by_one_ragged_exchange():
+  """Of a layer's three products each runs forward, again for the backward pass (remat), and backward for both of its gradients."""
   c = compiled({**MOE, 'mesh.fsdp': 2, 'mesh.expert': 4})
   kinds = {op.kind for op in hlo.collectives(c.ops)}
   assert 'ragged-all-to-all' in kinds
+  assert (runs(c, 'gmm'), runs(c, 'tgmm')) == (9 * SMALL['model.N'], 3 * SMALL['model.N'])
 
 
 def test_int8_projections_are_multiplied_and_gathered_as_int8():

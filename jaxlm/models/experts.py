@@ -1,14 +1,14 @@
-"""What experts make of rows that are sorted by expert, on one device: gated mlps by jax.lax.ragged_dot, forward and backward.
+"""What experts make of rows that are sorted by expert, on one device: gated mlps by kernels/grouped.py, forward and backward.
 
-The backward pass is written out, because jax.lax.ragged_dot cannot be mapped (jax.vmap) under an Explicit mesh, as the stages of a
-pipeline are: here each device calls it on its own stage.
+The backward pass is written out, because grouped products cannot be mapped (jax.vmap) under an Explicit mesh, as the stages of a
+pipeline are: here each device calls them on its own stage.
 """
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm import layout
+from jaxlm.kernels import grouped
 from jaxlm.models.layers import MLPS
 from jaxlm.remat import tag
 
@@ -22,48 +22,33 @@ def _by_stage(f):
     del size
     axis = next(jax.typeof(a).sharding.spec[0] for a, is_mapped in zip(args, mapped) if is_mapped)
     own = lambda args: (a[0] if is_mapped else a for a, is_mapped in zip(args, mapped))
-    on_device = jax.shard_map(lambda *args: tuple(a[None] for a in f(*own(args))), axis_names={axis}, out_specs=jax.P(axis),
+    on_device = jax.shard_map(lambda *args: tuple(a[None] for a in f(*own(args))), axis_names={axis}, out_specs=jax.P(axis), check_vma=False,
                               in_specs=tuple(jax.P(axis) if is_mapped else jax.P() for is_mapped in mapped))
     found = on_device(*args)
     return found, (True,) * len(found)
   return out
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def say(mlp: str, rows_TD, sizes_E, gate_EDF, up_EDF, down_EFD):
   """[T, D]: (f(rows·gate) ⊙ rows·up)·down of each row's expert, f as `mlp` names it; the first sizes[0] rows are of expert 0, and
-  so on. Rows beyond their sum are of none. Under shard_map."""
-  # Before the rule takes over, all vary over the axes that any of them does, so that their gradients are summed after it.
-  rows_TD = jax.lax.pcast(rows_TD, 'tensor', to='varying')
-  weights = (jax.lax.pcast(w, tuple(a for a in layout.axes('B') + layout.axes('L') if a != 'expert'), to='varying') for w in (gate_EDF, up_EDF, down_EFD))
-  return _say(mlp, rows_TD, sizes_E, *weights)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _say(mlp, rows_TD, sizes_E, gate_EDF, up_EDF, down_EFD):
+  so on. Rows beyond their sum are of none, and what is said of them may be anything. Under shard_map."""
   return _forward(mlp, rows_TD, sizes_E, gate_EDF, up_EDF, down_EFD)[0]
-
-
-# Mapped over stages, the mesh of a shard_map has one Explicit axis left, and shardings must be said; elsewhere it changes nothing.
-_SPEC = jax.P()
-_OF_WEIGHT = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
 
 
 @_by_stage
 def _dots(rows_TD, sizes_E, gate_EDF, up_EDF):
-  return tuple(jax.lax.ragged_dot(rows_TD, w_EDF, sizes_E, out_sharding=_SPEC) for w_EDF in (gate_EDF, up_EDF))
+  return tuple(grouped.product(rows_TD, w_EDF, sizes_E) for w_EDF in (gate_EDF, up_EDF))
 
 
 @_by_stage
 def _dot(rows_TF, sizes_E, down_EFD):
-  return (jax.lax.ragged_dot(rows_TF, down_EFD, sizes_E, out_sharding=_SPEC),)
+  return (grouped.product(rows_TF, down_EFD, sizes_E),)
 
 
 @_by_stage
 def _slopes(rows_TD, sizes_E, w_EDF, g_TF):
-  """Of ragged_dot(rows, w, sizes) where its result has the gradient g: those of rows and of w."""
-  return (jax.lax.ragged_dot(g_TF, jnp.swapaxes(w_EDF, 1, 2), sizes_E, out_sharding=_SPEC),
-          jax.lax.ragged_dot_general(rows_TD, g_TF, sizes_E, _OF_WEIGHT, out_sharding=_SPEC))
+  return grouped.slopes(rows_TD, w_EDF, sizes_E, g_TF)
 
 
 def _gated(mlp: str):
@@ -88,4 +73,4 @@ def _backward(mlp, saved, g_TD):
   return rows1_TD + rows2_TD, None, d_gate_EDF, d_up_EDF, d_down_EFD
 
 
-_say.defvjp(_forward, _backward)
+say.defvjp(_forward, _backward)

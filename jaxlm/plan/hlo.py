@@ -82,7 +82,7 @@ def _walk(bodies, name: str, times: int, out: list[Op]) -> None:
     if kind == 'conditional':
       for inner in re.findall(r'%([\w.-]+)', re.search(r'branch_computations=\{(.*?)\}', line)[1]):
         _walk(bodies, inner, times, out)
-    cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+    cycles = re.search(r'"estimated_cycles":"(\d{1,18})"', line)  # 2⁶³ − 1: it does not know
     where = re.search(r'op_name="([^"]*)"', line)
     if kind == 'fusion':
       out += [Op(m['name'], inner, times, 0, size, m['name'].startswith(_START), where[1] if where else '')

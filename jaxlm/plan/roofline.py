@@ -73,7 +73,11 @@ def flops(j: Job) -> tuple[float, float, float]:
   c, m = j.config, j.config.model
   tokens = c.batch * c.length / j.pod.devices
   redone = [(count, again(m, feed)) for feed, count in j.feeds.items()]
-  rows = m.moe.capacity * m.moe.top_k if m.moe.dispatch == 'capacity' else expert_rows(j)
+  rows = m.moe.top_k
+  if m.moe.dispatch == 'capacity':
+    rows *= m.moe.capacity
+  elif j.pod.is_gpu:  # TPUs' kernels visit only rows that came
+    rows = expert_rows(j)
   more = (rows - m.moe.top_k) * 3 * m.D * m.moe.F
   head = m.V * m.D
   products = 6 * (cost.weights_of_a_token(m) - head + more * j.feeds.get('moe', 0)) + 2 * sum(count * r[0] for count, r in redone)
@@ -86,7 +90,7 @@ def elementwise(j: Job, passes: float) -> float:
   """Bytes through HBM of a device and step, beside what matrix products and kernels read and write at full speed."""
   m, c = j.config.model, j.config
   tokens = c.batch * c.length / j.pod.devices
-  layers = sum(count * sum(widths(m, feed).values()) * (3 + again(m, feed)[2]) for feed, count in j.feeds.items())
+  layers = sum(count * sum(widths(m, feed, expert_rows(j)).values()) * (3 + again(m, feed)[2]) for feed, count in j.feeds.items())
   state = sum(a.bytes * j.own(a) * 2 for a in j.arrays)  # read and written by the optimizer
   gradients = sum(a.bytes * j.own(a) * 4 for a in j.arrays if a.of == 'params')
   logits = 3 * 4 * m.V * tokens
