@@ -22,6 +22,7 @@ import sys
 import traceback
 
 import jax
+from jax._src import clusters, distributed
 from jax.sharding import NamedSharding
 
 from jaxlm import metrics
@@ -91,7 +92,6 @@ def _asked(job: Job, waits: Waits) -> Job:
   """The job with what jax's detection knows of it."""
   if job.method is None:
     return job
-  from jax._src import clusters  # pylint: disable=g-import-not-at-top
   try:
     coordinator, processes, process, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
         None, None, None, job.devices, job.method, waits.join)
@@ -124,15 +124,18 @@ def own_address(coordinator: str) -> str:
 
 
 def _client():
-  """Of the coordination service; None for a process that is alone."""
-  from jax._src import distributed  # pylint: disable=g-import-not-at-top  # it has no public face
+  """Of the coordination service, which has no public face; None for a process that is alone."""
   return distributed.global_state.client
+
+
+def process() -> int:
+  """Which of the job's this is. jax.process_index says the same, but touches devices, and on the way waits for all processes."""
+  return distributed.global_state.process_id
 
 
 def lead() -> bool:
   """True in the process that prints and writes for all."""
-  from jax._src import distributed  # pylint: disable=g-import-not-at-top
-  return distributed.global_state.process_id == 0
+  return process() == 0
 
 
 def alone() -> bool:
@@ -171,7 +174,7 @@ def same(what: str, value: str) -> None:
   if lead():
     _client().key_value_set(key, digest)
   elif _value(key, f'the {what} of process 0') != digest:
-    raise UsageError(f'process {jax.process_index()}: its {what} is not that of process 0; start all processes with the same command '
+    raise UsageError(f'process {process()}: its {what} is not that of process 0; start all processes with the same command '
                      'and code, and a workdir that all share')
 
 
@@ -181,14 +184,14 @@ def meet(what: str) -> None:
     try:
       _client().wait_at_barrier(f'jaxlm/{what}', _waits.lead * 1000)
     except jax.errors.JaxRuntimeError as e:
-      raise PeerLost(f'process {jax.process_index()}: not all processes came to {what} within {_waits.lead} s: {_line(e)}') from e
+      raise PeerLost(f'process {process()}: not all processes came to {what} within {_waits.lead} s: {_line(e)}') from e
 
 
 def _value(key: str, words: str) -> str:
   try:
     return _client().blocking_key_value_get(key, _waits.lead * 1000)
   except jax.errors.JaxRuntimeError as e:
-    raise PeerLost(f'process {jax.process_index()}: waited {_waits.lead} s (--lead_seconds) for {words}: {_line(e)}') from e
+    raise PeerLost(f'process {process()}: waited {_waits.lead} s (--lead_seconds) for {words}: {_line(e)}') from e
 
 
 def preempted(step: int) -> bool:

@@ -31,7 +31,7 @@ def _prepare_workdir(workdir: pathlib.Path) -> None:
   """Fails before anything is computed if the workdir cannot be written."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f'.probe-{jax.process_index()}'  # each process writes its own part of a checkpoint
+    probe = workdir / f'.probe-{hosts.process()}'  # each process writes its own part of a checkpoint
     probe.write_bytes(b'0')
     probe.unlink()
   except OSError as e:

@@ -94,7 +94,7 @@ class Runner:
     if self.stopped:  # while they were started
       self._stop(None, None)
     failed, end = 0, None
-    while any(child.poll() is None for child in self._children):
+    while None in [child.poll() for child in self._children]:
       failed = failed or next((c.returncode for c in self._children if c.returncode), 0)
       if failed and end is None:
         end = time.monotonic() + self.grace
