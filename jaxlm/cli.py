@@ -1,6 +1,7 @@
 """The command line: commands → one function each.
 
     jaxlm train     --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE …]
+                    [--coordinator=HOST:PORT --processes=N --process=I]   of several processes (cluster.py)
     jaxlm eval      --workdir=DIR [--data=SOURCE --step=N --context=C --stride=S --batch=B --mesh=D,F,T --json=FILE]
     jaxlm eval      --workdir=DIR [--data=SOURCE --metrics=exact,bleu,… --num_beams --max_length --limit --answers=FILE
                     --json=FILE]   of a run that was trained to answer
@@ -33,7 +34,7 @@ import sys
 
 from absl import flags, logging
 
-from jaxlm import config as configs
+from jaxlm import cluster, config as configs
 from jaxlm.errors import JaxlmError, UsageError
 from jaxlm.look import command as looking
 from jaxlm.memory import restart_with_kept_memory
@@ -59,6 +60,16 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'of the tensors', flag_values=f)
     flags.DEFINE_bool('adapter', False, 'write only the pairs of low rank, as an adapter for peft', flag_values=f)
     flags.DEFINE_string('base', None, 'of an adapter: the name or folder of its base in transformers', flag_values=f)
+  if command == 'train':
+    flags.DEFINE_string('coordinator', None, 'of a run of several processes: HOST:PORT where process 0 listens (default: as Slurm, a '
+                        'JobSet, Open MPI or the TPU VM says)', flag_values=f)
+    flags.DEFINE_integer('processes', None, 'how many there are', flag_values=f)
+    flags.DEFINE_integer('process', None, 'which of them this is, from 0', flag_values=f)
+    flags.DEFINE_integer('heartbeat_seconds', 60, 'a process that gives no sign for so long is dead, and the others end',
+                         lower_bound=1, flag_values=f)
+    flags.DEFINE_integer('join_seconds', 300, 'for all processes to join', lower_bound=1, flag_values=f)
+    flags.DEFINE_integer('lead_seconds', 7200, 'for what process 0 does while the others wait: data, a slower compilation',
+                         lower_bound=1, flag_values=f)
   if command in ('train', 'data', 'plan'):
     flags.DEFINE_string('config', None, 'configs/FILE.py[:ARGUMENT]; --config.KEY=VALUE overrides', flag_values=f)
   if command in ('eval', 'generate', 'export', 'data', 'look'):
@@ -131,12 +142,14 @@ def _parse(command: str, argv: list[str]):
 
 
 def _train(f, overrides):
+  job = cluster.find(f.coordinator, f.processes, f.process)
   config = configs.load(f.config, overrides)
   if config.model.kind != 'ngram':  # which runs no XLA, and gives its memory back level by level
     restart_with_kept_memory(approximate_params(config.model))
   with Signals():  # so that a signal while jax is imported is no traceback either
-    from jaxlm import train  # pylint: disable=g-import-not-at-top  # jax is imported once the config is good
-    train.train(config, pathlib.Path(f.workdir))
+    from jaxlm import hosts, train  # pylint: disable=g-import-not-at-top  # jax is imported once the config is good
+    with hosts.joined(job, hosts.Waits(f.heartbeat_seconds, f.join_seconds, f.lead_seconds)):
+      train.train(config, pathlib.Path(f.workdir))
 
 
 def _load(f, merge: bool = True):

@@ -6,6 +6,7 @@
 | 2    | usage or config                                                |
 | 3    | checkpoints exist and none is good (never a silent step 0)     |
 | 10   | preempted, saved                                               |
+| 11   | a peer of a run of several processes is lost                   |
 | 13   | storage                                                        |
 """
 
@@ -13,6 +14,7 @@
 class JaxlmError(Exception):
   """One clear line: the key or file, the value, and the mend."""
   code = 1
+  told = False  # by another process of the run
 
 
 class UsageError(JaxlmError):
@@ -33,3 +35,11 @@ class StorageError(JaxlmError):
 class Preempted(JaxlmError):
   """SIGINT or SIGTERM: what there was to save is saved."""
   code = 10
+
+
+class PeerLost(JaxlmError):
+  """Another process of the run is gone, or never came."""
+  code = 11
+
+
+BY_CODE = {error.code: error for error in (UsageError, CheckpointError, StorageError, Preempted, PeerLost)}

@@ -5,10 +5,9 @@ import lzma
 import math
 from collections.abc import Iterable, Iterator
 
-import jax
 import numpy as np
 
-from jaxlm import scoring
+from jaxlm import hosts, scoring
 from jaxlm.data import examples, pipeline, sources
 from jaxlm.errors import UsageError
 from jaxlm.models import ngram
@@ -34,8 +33,8 @@ class HeldOut:
 
   def run(self, params) -> Iterator[tuple[str, float]]:
     """Yields ('heldout_loss', nats per token)."""
-    nll = sum(jax.device_get(self._nll(params, b)[0]).sum(dtype=np.float64) for b in self._batches)
-    tokens = sum(jax.device_get(b['weights']).sum(dtype=np.float64) for b in self._batches)
+    nll = sum(hosts.fetch(self._nll(params, b)[0]).sum(dtype=np.float64) for b in self._batches)
+    tokens = sum(hosts.fetch(b['weights']).sum(dtype=np.float64) for b in self._batches)
     yield 'heldout_loss', nll / tokens
 
 

@@ -152,6 +152,22 @@ class Log:
     self._file.close()
 
 
+class NoLog:
+  """A Log of a process that is not the one to write it."""
+
+  def add(self, step: int, sums: dict) -> None:
+    pass
+
+  def write(self, step: int, values: dict) -> None:
+    pass
+
+  def paused(self):
+    return contextlib.nullcontext()
+
+  def close(self) -> None:
+    pass
+
+
 def _step_of(line: str) -> int:
   """The step of a line of metrics.jsonl; a line cut short by a kill belongs to no step that counts."""
   try:

@@ -10,7 +10,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from jaxlm import checkpoint, config as configs, layout
+from jaxlm import checkpoint, config as configs, hosts, layout
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.models import kinds, lora
@@ -29,7 +29,8 @@ def tokenizer_of(config: Config, workdir: pathlib.Path) -> Config:
   checkpoints, step = _open(config)
   file = workdir / 'tokenizer.json'
   if config.data.tokenizer == 'start':
-    file.write_text(checkpoints.read_meta(step)['tokenizer'], encoding='utf-8')
+    if hosts.lead():
+      file.write_text(checkpoints.read_meta(step)['tokenizer'], encoding='utf-8')
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file)))
   checkpoints.close()
   return config

@@ -7,11 +7,11 @@ from typing import Callable
 
 import jax
 
-from jaxlm import config as configs, count, evaluate, layout, metrics, start, xla
+from jaxlm import config as configs, count, evaluate, hosts, layout, metrics, start, xla
 from jaxlm.checkpoint import Checkpoints, resume, run_meta
 from jaxlm.schema import Config
 from jaxlm.data import mixture, pipeline as pipelines
-from jaxlm.errors import JaxlmError, Preempted, StorageError
+from jaxlm.errors import JaxlmError, Preempted, StorageError, UsageError
 from jaxlm.metrics import say
 from jaxlm.models import pipeline as pipelined
 from jaxlm.optimizer import make_optimizer
@@ -31,7 +31,7 @@ def _prepare_workdir(workdir: pathlib.Path) -> None:
   """Fails before anything is computed if the workdir cannot be written."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / '.probe'
+    probe = workdir / f'.probe-{hosts.process()}'  # each process writes its own part of a checkpoint
     probe.write_bytes(b'0')
     probe.unlink()
   except OSError as e:
@@ -41,12 +41,15 @@ def _prepare_workdir(workdir: pathlib.Path) -> None:
 def train(config: Config, workdir: pathlib.Path) -> None:
   """Trains to config.steps; counts, if model.kind=ngram. Raises Preempted (saved), UsageError, CheckpointError, StorageError."""
   timer = metrics.Timer()
-  with Signals() as signals:
+  with Signals(hosts.signals()) as signals:
     _prepare_workdir(workdir)
     if config.model.kind == 'ngram':
+      if not hosts.alone():
+        raise UsageError('model.kind=ngram: is counted by one process; start one, without --coordinator')
       count.run(config, workdir)
       return
     config = start.tokenizer_of(config, workdir)
+    hosts.same('config', configs.to_json(config))
     say(f'{workdir}: {config.steps} steps of {config.batch} × {config.length} tokens\n{configs.summary(config)}')
     mesh = layout.run_mesh(config)
     with jax.set_mesh(mesh):
@@ -62,17 +65,21 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
   timer.mark('trace')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:  # XLA compiles while the data and the state get ready
     compiling = pool.submit(lowered.compile, xla.OPTIONS[jax.default_backend()])
-    cache = mixture.prepare(config, workdir, say)
+    cache = hosts.lead_first('data cache', lambda: mixture.prepare(config, workdir, say))
+    hosts.same('data cache', cache.hash)
     pipeline = mixture.make(config, cache)
     timer.mark('data')
     checkpoints = Checkpoints(workdir, config.checkpoint)
     restored = resume(checkpoints, config, cache, abstract, mesh, jax.jit(lambda params: fresh_opt(config, tx, params)), say)
-    (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
     first, state = restored or (0, _fresh_state(config, tx))
+    hosts.same('newest good checkpoint', str(first))
+    if hosts.lead():
+      (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
     if not restored and config.start.checkpoint:
       state['params'] = start.parameters(config, state['params'], cache.tokenizer, mesh, say)
     timer.mark('restore' if restored else 'init')
     step_fn = compiling.result()
+  hosts.meet('the first step')
   timer.mark('compile')
   params = sum(a.size for a in jax.tree.leaves(state['params']))
   sizes = ' × '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'one device'
@@ -81,7 +88,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
   if first >= config.steps:
     say(f'already at step {first}; raise --config.steps to train on')
     return
-  log = metrics.Log(workdir, config, params, first)
+  log = metrics.Log(workdir, config, params, first) if hosts.lead() else metrics.NoLog()
   signals.in_loop = True
   try:
     _Loop(config, workdir, mesh, step_fn, pipeline, checkpoints, log, signals, first, state).run(timer)
@@ -140,6 +147,8 @@ class _Loop:
           jax.block_until_ready(sums)
           timer.mark('step')
           say(str(timer))
+        if hosts.preempted(done):
+          self.signals.received = 'SIGTERM'
         if self.signals.received or done == config.steps or done % config.save_every == 0:
           self.save(done)
         if self.signals.received:
@@ -158,7 +167,7 @@ class _Loop:
     """Logs what the pending step said. JaxlmError if it was not finite."""
     if self.pending is None:
       return
-    step, sums = self.pending[0], jax.device_get(self.pending[1])
+    step, sums = self.pending[0], hosts.fetch(self.pending[1])
     self.pending = None
     if not sums['finite']:
       raise JaxlmError(f'step {step}: the loss is {sums["loss"] / max(sums["tokens"], 1)} and the gradient norm '

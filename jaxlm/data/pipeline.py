@@ -97,17 +97,30 @@ def sharding(length: int, mesh) -> jax.sharding.NamedSharding:
 
 def place(rows, batch_size: int, mesh) -> dict[str, jax.Array]:
   """rows(start, stop) → dict of arrays [B, L], put on the current mesh."""
-  spans = [index[0].indices(batch_size)[:2] for index in
-           sharding(1, mesh).addressable_devices_indices_map((batch_size, 1)).values()]
-  low, high = min(s for s, _ in spans), max(e for _, e in spans)
-  local = rows(low, high)
+  cuts = sharding(1, mesh).addressable_devices_indices_map((batch_size, 1)).values()
+  runs = contiguous(sorted({index[0].indices(batch_size)[:2] for index in cuts}))
+  parts = [rows(start, stop) for start, stop in runs]
+  at = {row: (part, row - start) for part, (start, stop) in enumerate(runs) for row in range(start, stop)}
 
-  def put(a):
-    shape = (batch_size, *a.shape[1:])
-    own = lambda index: a[slice(*(i - low for i in index[0].indices(batch_size)[:2])), index[1]]
-    return jax.make_array_from_callback(shape, sharding(a.shape[1], mesh), own)
+  def put(name):
+    def own(index):
+      start, stop, _ = index[0].indices(batch_size)
+      part, first = at[start]
+      return parts[part][name][first:first + stop - start, index[1]]
+    length = parts[0][name].shape[1]
+    return jax.make_array_from_callback((batch_size, length), sharding(length, mesh), own)
   with jax.transfer_guard_host_to_device('allow'):  # the one transfer that the training loop means to make
-    return {name: put(a) for name, a in local.items()}
+    return {name: put(name) for name in parts[0]}
+
+
+def contiguous(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+  """Sorted spans, those that touch made one."""
+  out = []
+  for start, stop in spans:
+    if out and out[-1][1] == start:
+      start = out.pop()[0]
+    out.append((start, stop))
+  return out
 
 
 def prepare(config: Config, workdir: pathlib.Path, say=print) -> packing.Cache:

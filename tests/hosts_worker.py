@@ -1,0 +1,55 @@
+"""What test_hosts.py starts two of: WHAT --coordinator --processes --process. Prints JSON of what this process saw."""
+import json
+import sys
+
+from jaxlm import cluster
+
+
+def main(what, coordinator, processes, process):
+  job = cluster.find(coordinator, int(processes), int(process))
+  from jaxlm import hosts  # pylint: disable=g-import-not-at-top
+  hosts.GRACE = 3
+  with hosts.joined(job, hosts.Waits(5, 60, 30)):
+    SCENES[what](int(process))
+
+
+def tell(**values) -> None:
+  print(json.dumps(values), flush=True)
+
+
+def together(process) -> None:
+  """Rows that were read; a sharded array, whole; then an error of the lead that is everybody's."""
+  import jax  # pylint: disable=g-import-not-at-top
+  import numpy as np
+  from jaxlm import hosts, layout, metrics
+  from jaxlm.data import pipeline
+  from jaxlm.errors import UsageError
+  from jaxlm.schema import MeshConfig
+  mesh, asked = layout.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
+
+  def rows(start, stop):
+    asked.append([start, stop])
+    return {'tokens': np.arange(start * 3, stop * 3, dtype=np.int32).reshape(-1, 3)}
+  with jax.set_mesh(mesh):
+    batch = pipeline.place(rows, 16, mesh)
+    doubled = jax.jit(lambda a: 2 * a)(batch['tokens'])
+    tell(asked=asked, whole=hosts.fetch(doubled).tolist(), sharded=not doubled.is_fully_addressable)
+  hosts.same('thing', 'equal')
+  metrics.say('the lead speaks')
+
+  def fails():
+    raise UsageError('data source: wrong')
+  hosts.lead_first('data', fails)
+
+
+def another(process) -> None:
+  """Each was started with another config."""
+  from jaxlm import hosts  # pylint: disable=g-import-not-at-top
+  hosts.same('config', f'config {process}')
+  hosts.meet('the first step')
+
+
+SCENES = {'together': together, 'another': another}
+
+if __name__ == '__main__':
+  main(sys.argv[1], *(word.partition('=')[2] for word in sys.argv[2:]))
