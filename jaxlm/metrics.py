@@ -98,6 +98,24 @@ class Log:
     elif self._progress:
       self._progress.update(self._task, completed=step)
 
+  def skip(self, step: int, sums: dict, reason: str) -> None:
+    """A step whose update was skipped is a line of its own, and in no sum or mean; what of it is not finite is left out."""
+    found = {'loss': sums['loss'] / max(sums['tokens'], 1), 'grad_norm': sums['grad_norm']}
+    self.write(step, {'skipped': 1, **{f'skipped_{name}': float(value) for name, value in found.items() if np.isfinite(value)}})
+    say(f'step {step}: {reason}; its update is skipped')
+    if self._sums and (step % self._config.log_every == 0 or step == self._config.steps):
+      self._flush(step)
+
+  def back_to(self, step: int, jump: int) -> None:
+    """The run goes back to `step`, and its data over `jump` batches: lines after it are dropped, as after a resume."""
+    self._file.close()
+    self._keep_until(step)
+    self._file = open(self._path, 'a', encoding='utf-8')
+    if self._events:
+      self._events.close()
+    self._events, self._sums, self._since = None, {}, time.time()
+    self.write(step + 1, {'jumped': jump})
+
   def _flush(self, step: int) -> None:
     sums, seconds = self._sums, time.time() - self._since
     tokens, c = sums['tokens'], self._config

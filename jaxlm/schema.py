@@ -278,6 +278,16 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """What is done about steps that go wrong (guard.py). `spike` is off by default: gradient norms of small batches have heavy tails,
+  and a healthy run would lose updates by it; OLMo-core runs its large ones with 6. An update that is not finite is always skipped."""
+  spike: float = 0.         # skips updates above mean + so many std of the last good steps, of loss or gradient norm; 0: none
+  window: int = 128         # good steps that these are of; half of them must have been
+  patience: int = 5         # updates skipped in a row, and then back to the newest good checkpoint, and over the data since
+  rollbacks: int = 3        # so often to the same checkpoint; then the run ends
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A run."""
   steps: int = 1000
@@ -299,11 +309,12 @@ class Config:
   tasks: tuple[TaskConfig, ...] = ()  # by name; none: the run's objective on its data
   start: StartConfig = StartConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  guard: GuardConfig = GuardConfig()
 
 
 # What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
-# from the same state and data, except `steps`, which people raise to train on.
-FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|mesh\..*|checkpoint\..*|start\..*|'
+# from the same state and data, except `steps`, which people raise to train on, and `guard`, which they set when a run spikes.
+FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|(mesh|checkpoint|start|guard)\..*|'
                   r'data\.(cache|stop|start|never)|tasks\.[^.]+\.metrics|microbatches|loss\.chunks|'
                   r'loss\.over|model\.pipeline\..*|model\.(attention|context|remat|save|offload|scan|pool|normalize)|optimizer\.offload)$')
 

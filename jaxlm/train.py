@@ -1,17 +1,18 @@
 """The training loop: starts or goes on from the newest good checkpoint, and stops cleanly when told to."""
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import pathlib
 from typing import Callable
 
 import jax
 
-from jaxlm import config as configs, count, evaluate, layout, metrics, start, xla
+from jaxlm import config as configs, count, evaluate, guard, layout, metrics, start, xla
 from jaxlm.checkpoint import Checkpoints, resume, run_meta
 from jaxlm.schema import Config
 from jaxlm.data import mixture, pipeline as pipelines
-from jaxlm.errors import JaxlmError, Preempted, StorageError
+from jaxlm.errors import Preempted, StorageError
 from jaxlm.metrics import say
 from jaxlm.models import pipeline as pipelined
 from jaxlm.optimizer import make_optimizer
@@ -65,29 +66,45 @@ def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals)
     cache = mixture.prepare(config, workdir, say)
     pipeline = mixture.make(config, cache)
     timer.mark('data')
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    restored = resume(checkpoints, config, cache, abstract, mesh, jax.jit(lambda params: fresh_opt(config, tx, params)), say)
+    begin = functools.partial(_begin, config, workdir, tx, abstract, mesh, cache)
+    checkpoints, first, state, jumps = begin()
     (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
-    first, state = restored or (0, _fresh_state(config, tx))
-    if not restored and config.start.checkpoint:
-      state['params'] = start.parameters(config, state['params'], cache.tokenizer, mesh, say)
-    timer.mark('restore' if restored else 'init')
+    timer.mark('restore' if checkpoints.found else 'init')
     step_fn = compiling.result()
   timer.mark('compile')
   params = sum(a.size for a in jax.tree.leaves(state['params']))
   sizes = ' × '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'one device'
   say(f'{params / 1e6:.1f}M parameters on {sizes}{idle(config, mesh.shape["stage"])}; {pipeline.epochs()}; '
-      + (f'goes on from step {first}' if restored else 'starts at step 0'))
+      + (f'goes on from step {first}' if checkpoints.found else 'starts at step 0'))
   if first >= config.steps:
     say(f'already at step {first}; raise --config.steps to train on')
     return
   log = metrics.Log(workdir, config, params, first)
   signals.in_loop = True
+  loop = _Loop(config, workdir, mesh, step_fn, pipeline, checkpoints, log, signals, begin, guard.Guard(config, jumps), first, state)
+  del state  # the loop donates it
   try:
-    _Loop(config, workdir, mesh, step_fn, pipeline, checkpoints, log, signals, first, state).run(timer)
+    loop.run(timer)
   finally:
     log.close()
-    checkpoints.close()
+    loop.checkpoints.close()
+
+
+def _begin(config: Config, workdir: pathlib.Path, tx, abstract, mesh, cache):
+  """What the run goes on from: the newest good checkpoint, or a fresh state → (checkpoints, step, state, jumps in the data)."""
+  checkpoints = Checkpoints(workdir, config.checkpoint)
+  saved = {name: a for name, a in abstract.items() if name != 'guard'}
+  restored = resume(checkpoints, config, cache, saved, mesh, jax.jit(lambda params: fresh_opt(config, tx, params)), say)
+  if not restored:
+    state = _fresh_state(config, tx)
+    if config.start.checkpoint:
+      state['params'] = start.parameters(config, state['params'], cache.tokenizer, mesh, say)
+    return checkpoints, 0, state, []
+  step, state = restored
+  meta = checkpoints.read_meta(step)
+  if 'guard' in abstract:
+    state['guard'] = guard.from_meta(config.guard, meta.get('guard', {}), layout.named(abstract['guard'], mesh))
+  return checkpoints, step, state, meta.get('jumps', [])
 
 
 def idle(config: Config, stages: int) -> str:
@@ -121,30 +138,39 @@ class _Loop:
   checkpoints: Checkpoints
   log: metrics.Log
   signals: Signals
+  begin: Callable             # → as _begin
+  guard: guard.Guard
   saved: int                  # the newest step that is saved
-  state: dict
+  state: dict | None
   pending: tuple | None = None  # (step, its sums), still on the device
+  due: bool = False           # a save that waits for updates to be applied again
 
   def run(self, timer: metrics.Timer) -> None:
-    config, start = self.config, self.saved
+    config, done, timed = self.config, self.saved, False
     held_out = evaluate.held_out(config, self.pipeline.cache, self.mesh) if config.eval_every else None
-    batch = self.pipeline.batch(start, self.mesh)
+    batch = self.batch(done)
     with jax.transfer_guard('disallow'):
-      for done in range(start + 1, config.steps + 1):
+      while done < config.steps:
+        done += 1
         self.state, sums = self.step_fn(self.state, batch)
         if done < config.steps:
-          batch = self.pipeline.batch(done, self.mesh)
+          batch = self.batch(done)
         self.read()
         self.pending = (done, sums)
-        if done == start + 1:
+        if not timed:
           jax.block_until_ready(sums)
           timer.mark('step')
           say(str(timer))
-        if self.signals.received or done == config.steps or done % config.save_every == 0:
+          timed = True
+        if self.signals.received or self.due or done == config.steps or done % config.save_every == 0:
           self.save(done)
         if self.signals.received:
           break
-        if held_out and done % config.eval_every == 0:
+        if self.guard.gives_up(done):
+          batch = sums = None
+          done = self.go_back()
+          batch = self.batch(done)
+        elif held_out and done % config.eval_every == 0:
           self.read()
           with self.log.paused():
             self.log.write(done, dict(held_out.run(self.state['params'])))
@@ -154,20 +180,43 @@ class _Loop:
                       'the same command goes on from there')
     say(f'trained to step {self.saved}; checkpoint saved in {self.workdir}')
 
+  def batch(self, done: int):
+    return self.pipeline.batch(self.guard.position(done), self.mesh)
+
   def read(self) -> None:
-    """Logs what the pending step said. JaxlmError if it was not finite."""
+    """Logs what the pending step said."""
     if self.pending is None:
       return
     step, sums = self.pending[0], jax.device_get(self.pending[1])
     self.pending = None
-    if not sums['finite']:
-      raise JaxlmError(f'step {step}: the loss is {sums["loss"] / max(sums["tokens"], 1)} and the gradient norm '
-                       f'{sums["grad_norm"]}; the update was not applied, and the newest checkpoint is {self.saved}. '
-                       'Lower --config.optimizer.lr, or look at the batch with `jaxlm data show`')
-    self.log.add(step, sums)
+    reason = self.guard.read(step, sums)
+    if reason:
+      self.log.skip(step, sums, reason)
+    else:
+      self.log.add(step, sums)
 
   def save(self, step: int) -> None:
-    self.read()  # never save past a step that was not finite
+    """Saves, once no update is being skipped."""
+    self.read()
+    self.due = self.guard.streak > 0
+    if self.due:
+      return
     with self.log.paused():
-      self.checkpoints.save(step, self.state, run_meta(self.config, self.pipeline.cache, step))
+      more = {'examples': self.guard.position(step) * self.config.batch, 'jumps': self.guard.jumps,
+              'guard': guard.to_meta(self.state.get('guard'))}
+      state = {name: a for name, a in self.state.items() if name != 'guard'}
+      self.checkpoints.save(step, state, {**run_meta(self.config, self.pipeline.cache, step), **more})
     self.saved = step
+
+  def go_back(self) -> int:
+    """To the newest good checkpoint, or to the start → its step. JaxlmError if it has been there too often (guard.py)."""
+    self.pending = self.state = None
+    self.checkpoints.finish()
+    self.checkpoints.close()
+    with jax.transfer_guard('allow'):
+      self.checkpoints, self.saved, self.state, jumps = self.begin()
+    jump = self.guard.back_to(self.saved, jumps)
+    say(f'goes back to step {self.saved}, and over the data of {jump} steps')
+    self.log.back_to(self.saved, jump)
+    self.due = False
+    return self.saved

@@ -190,7 +190,7 @@ def test_a_workdir_that_cannot_be_made_is_storage(texts, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_unsaved(texts, tmp_path):
-  with pytest.raises(JaxlmError, match='step .*the update was not applied'):
+  with pytest.raises(JaxlmError, match='step .* updates in a row were skipped'):
     training.train(run_config(texts, save_every=100, **{'optimizer.lr': 1e30, 'optimizer.clip': 0.,
                                                         'optimizer.warmup': 0}), tmp_path)
   assert steps(tmp_path) == []
