@@ -6,7 +6,9 @@
 | 2    | usage or config                                                |
 | 3    | checkpoints exist and none is good (never a silent step 0)     |
 | 10   | preempted, saved                                               |
+| 12   | hang: no step for watchdog.seconds                             |
 | 13   | storage                                                        |
+| 14   | replicas differ                                                |
 """
 
 
@@ -25,9 +27,19 @@ class CheckpointError(JaxlmError):
   code = 3
 
 
+class HangError(JaxlmError):
+  """No step was done for too long. Never raised: the watchdog exits with its code."""
+  code = 12
+
+
 class StorageError(JaxlmError):
   """The workdir or cache cannot be written."""
   code = 13
+
+
+class ReplicaError(JaxlmError):
+  """Devices that should hold the same bits do not."""
+  code = 14
 
 
 class Preempted(JaxlmError):

@@ -288,6 +288,13 @@ class GuardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+  """When a run that does nothing is ended (watchdog.py). The defaults are long for any step, save or evaluation, yet far below a day."""
+  seconds: float = 1800.    # without a step, save or evaluation done; 0: it is never ended
+  start: float = 7200.      # the same, while a run restores and compiles
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """A run."""
   steps: int = 1000
@@ -310,11 +317,12 @@ class Config:
   start: StartConfig = StartConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   guard: GuardConfig = GuardConfig()
+  watchdog: WatchdogConfig = WatchdogConfig()
 
 
 # What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
 # from the same state and data, except `steps`, which people raise to train on, and `guard`, which they set when a run spikes.
-FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|(mesh|checkpoint|start|guard)\..*|'
+FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|(mesh|checkpoint|start|guard|watchdog)\..*|'
                   r'data\.(cache|stop|start|never)|tasks\.[^.]+\.metrics|microbatches|loss\.chunks|'
                   r'loss\.over|model\.pipeline\..*|model\.(attention|context|remat|save|offload|scan|pool|normalize)|optimizer\.offload)$')
 

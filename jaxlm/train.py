@@ -1,5 +1,6 @@
 """The training loop: starts or goes on from the newest good checkpoint, and stops cleanly when told to."""
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
@@ -8,16 +9,18 @@ from typing import Callable
 
 import jax
 
-from jaxlm import config as configs, count, evaluate, guard, layout, metrics, start, xla
+from jaxlm import config as configs, count, evaluate, goodput, guard, layout, metrics, report, start, xla
 from jaxlm.checkpoint import Checkpoints, resume, run_meta
 from jaxlm.schema import Config
 from jaxlm.data import mixture, pipeline as pipelines
 from jaxlm.errors import Preempted, StorageError
+from jaxlm.lease import Lease
 from jaxlm.metrics import say
 from jaxlm.models import pipeline as pipelined
 from jaxlm.optimizer import make_optimizer
 from jaxlm.signals import Signals
 from jaxlm.step import abstract_state, fresh_opt, init_state, make_step
+from jaxlm.watchdog import Watchdog
 
 
 def use_compile_cache(folder: pathlib.Path) -> None:
@@ -41,9 +44,10 @@ def _prepare_workdir(workdir: pathlib.Path) -> None:
 
 def train(config: Config, workdir: pathlib.Path) -> None:
   """Trains to config.steps; counts, if model.kind=ngram. Raises Preempted (saved), UsageError, CheckpointError, StorageError."""
-  timer = metrics.Timer()
-  with Signals() as signals:
+  clock = goodput.Clock()
+  with Signals() as signals, contextlib.ExitStack() as held:
     _prepare_workdir(workdir)
+    lease = held.enter_context(Lease(workdir, say)) if config.model.kind == 'ngram' or jax.process_index() == 0 else None
     if config.model.kind == 'ngram':
       count.run(config, workdir)
       return
@@ -51,43 +55,50 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     say(f'{workdir}: {config.steps} steps of {config.batch} × {config.length} tokens\n{configs.summary(config)}')
     mesh = layout.run_mesh(config)
     with jax.set_mesh(mesh):
-      _train(config, workdir, mesh, timer, signals)
+      _train(config, workdir, mesh, clock, signals, lease)
 
 
-def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals) -> None:
+def _train(config: Config, workdir: pathlib.Path, mesh, clock, signals: Signals, lease: Lease | None) -> None:
   use_compile_cache(pathlib.Path(config.compile_cache) if config.compile_cache else workdir / 'compile_cache')
   tx, schedule = make_optimizer(config.optimizer, config.steps)
   abstract = abstract_state(config, tx)
   lowered = jax.jit(make_step(config, tx, schedule), donate_argnums=0).lower(
       layout.named(abstract, mesh), abstract_batch(config, mesh))
-  timer.mark('trace')
+  clock.mark('trace')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:  # XLA compiles while the data and the state get ready
     compiling = pool.submit(lowered.compile, xla.OPTIONS[jax.default_backend()])
     cache = mixture.prepare(config, workdir, say)
     pipeline = mixture.make(config, cache)
-    timer.mark('data')
-    begin = functools.partial(_begin, config, workdir, tx, abstract, mesh, cache)
-    checkpoints, first, state, jumps = begin()
-    (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
-    timer.mark('restore' if checkpoints.found else 'init')
-    step_fn = compiling.result()
-  timer.mark('compile')
-  params = sum(a.size for a in jax.tree.leaves(state['params']))
-  sizes = ' × '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'one device'
-  say(f'{params / 1e6:.1f}M parameters on {sizes}{idle(config, mesh.shape["stage"])}; {pipeline.epochs()}; '
-      + (f'goes on from step {first}' if checkpoints.found else 'starts at step 0'))
-  if first >= config.steps:
-    say(f'already at step {first}; raise --config.steps to train on')
-    return
-  log = metrics.Log(workdir, config, params, first)
-  signals.in_loop = True
-  loop = _Loop(config, workdir, mesh, step_fn, pipeline, checkpoints, log, signals, begin, guard.Guard(config, jumps), first, state)
-  del state  # the loop donates it
-  try:
-    loop.run(timer)
-  finally:
-    log.close()
-    loop.checkpoints.close()
+    clock.mark('data')
+    with Watchdog(config.watchdog, workdir, jax.process_index()) as watchdog:
+      begin = functools.partial(_begin, config, workdir, tx, abstract, mesh, cache)
+      checkpoints, first, state, jumps = begin()
+      (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
+      clock.mark('restore' if checkpoints.found else 'init')
+      step_fn = compiling.result()
+      clock.mark('compile')
+      params = sum(a.size for a in jax.tree.leaves(state['params']))
+      sizes = ' × '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'one device'
+      say(f'{params / 1e6:.1f}M parameters on {sizes}{idle(config, mesh.shape["stage"])}; {pipeline.epochs()}; '
+          + (f'goes on from step {first}' if checkpoints.found else 'starts at step 0'))
+      if first >= config.steps:
+        say(f'already at step {first}; raise --config.steps to train on')
+        return
+      log = metrics.Log(workdir, config, params, first)
+      if lease:
+        clock.keep(workdir, first)
+      signals.in_loop = True
+      loop = _Loop(config, workdir, mesh, step_fn, pipeline, checkpoints, log, signals, begin, guard.Guard(config, jumps), clock, watchdog,
+                   lease, first, state)
+      del state  # the loop donates it
+      try:
+        loop.run()
+      finally:
+        log.close()
+        clock.close()
+        loop.checkpoints.close()
+  if lease:
+    report.print_goodput(goodput.summary(goodput.read(workdir / 'goodput.jsonl')))
 
 
 def _begin(config: Config, workdir: pathlib.Path, tx, abstract, mesh, cache):
@@ -140,48 +151,63 @@ class _Loop:
   signals: Signals
   begin: Callable             # → as _begin
   guard: guard.Guard
+  clock: goodput.Clock
+  watchdog: Watchdog
+  lease: Lease | None         # of the first process
   saved: int                  # the newest step that is saved
   state: dict | None
   pending: tuple | None = None  # (step, its sums), still on the device
   due: bool = False           # a save that waits for updates to be applied again
 
-  def run(self, timer: metrics.Timer) -> None:
-    config, done, timed = self.config, self.saved, False
+  def run(self) -> None:
+    config, done, told = self.config, self.saved, False
     held_out = evaluate.held_out(config, self.pipeline.cache, self.mesh) if config.eval_every else None
     batch = self.batch(done)
     with jax.transfer_guard('disallow'):
       while done < config.steps:
         done += 1
         self.state, sums = self.step_fn(self.state, batch)
+        self.mark('step')
         if done < config.steps:
           batch = self.batch(done)
         self.read()
         self.pending = (done, sums)
-        if not timed:
+        if not told:
           jax.block_until_ready(sums)
-          timer.mark('step')
-          say(str(timer))
-          timed = True
+          self.mark('step')
+          say(str(self.clock))
+          told = True
+        self.clock.tick(done)
         if self.signals.received or self.due or done == config.steps or done % config.save_every == 0:
           self.save(done)
         if self.signals.received:
           break
         if self.guard.gives_up(done):
           batch = sums = None
-          done = self.go_back()
+          done = self.go_back(done)
           batch = self.batch(done)
         elif held_out and done % config.eval_every == 0:
           self.read()
           with self.log.paused():
             self.log.write(done, dict(held_out.run(self.state['params'])))
+          self.mark('eval')
       self.checkpoints.finish()
+      self.mark('save')
+      self.clock.write(done)
     if self.signals.received and self.saved < config.steps:
       raise Preempted(f'{self.signals.received}: saved step {self.saved} of {config.steps} in {self.workdir}; '
                       'the same command goes on from there')
     say(f'trained to step {self.saved}; checkpoint saved in {self.workdir}')
 
+  def mark(self, kind: str) -> None:
+    """The time since the last mark went there; and the loop goes on."""
+    self.clock.mark(kind)
+    self.watchdog.fed()
+
   def batch(self, done: int):
-    return self.pipeline.batch(self.guard.position(done), self.mesh)
+    made = self.pipeline.batch(self.guard.position(done), self.mesh)
+    self.mark('data')
+    return made
 
   def read(self) -> None:
     """Logs what the pending step said."""
@@ -189,6 +215,7 @@ class _Loop:
       return
     step, sums = self.pending[0], jax.device_get(self.pending[1])
     self.pending = None
+    self.mark('step')
     reason = self.guard.read(step, sums)
     if reason:
       self.log.skip(step, sums, reason)
@@ -201,22 +228,30 @@ class _Loop:
     self.due = self.guard.streak > 0
     if self.due:
       return
+    if self.lease:
+      self.lease.check()
     with self.log.paused():
       more = {'examples': self.guard.position(step) * self.config.batch, 'jumps': self.guard.jumps,
               'guard': guard.to_meta(self.state.get('guard'))}
       state = {name: a for name, a in self.state.items() if name != 'guard'}
       self.checkpoints.save(step, state, {**run_meta(self.config, self.pipeline.cache, step), **more})
     self.saved = step
+    self.mark('save')
+    self.clock.write(step)
 
-  def go_back(self) -> int:
+  def go_back(self, done: int) -> int:
     """To the newest good checkpoint, or to the start → its step. JaxlmError if it has been there too often (guard.py)."""
+    self.clock.write(done)
+    self.watchdog.starts()
     self.pending = self.state = None
     self.checkpoints.finish()
     self.checkpoints.close()
     with jax.transfer_guard('allow'):
       self.checkpoints, self.saved, self.state, jumps = self.begin()
+    self.mark('restore')
     jump = self.guard.back_to(self.saved, jumps)
     say(f'goes back to step {self.saved}, and over the data of {jump} steps')
     self.log.back_to(self.saved, jump)
+    self.clock.write(self.saved, begins=self.saved)
     self.due = False
     return self.saved
