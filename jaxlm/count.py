@@ -9,11 +9,12 @@ import shutil
 import numpy as np
 
 from jaxlm import config as configs, report
-from jaxlm.checkpoint import Checkpoints, resume, run_meta
+from jaxlm.checkpoint import Checkpoints, run_meta
 from jaxlm.data import packing, pipeline as pipelines
 from jaxlm.errors import StorageError
 from jaxlm.metrics import say
 from jaxlm.models import ngram
+from jaxlm.resume import resume
 from jaxlm.schema import Config
 
 
@@ -39,17 +40,16 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   m = config.model
   say(f'{workdir}: {m.ngram.order}-grams, counted\n{configs.summary(config)}')
   cache = pipelines.prepare(config, workdir, say)
-  checkpoints = Checkpoints(workdir, config.checkpoint)
+  checkpoints = Checkpoints(workdir, config.checkpoint, say=say)
   try:
-    if restored := resume(checkpoints, config, cache, None, None, None, say):
+    if restored := resume(checkpoints, config, cache, None, None, None):
       say(f'already counted, step {restored[0]}; there is nothing left to do')
       return
     (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
     params = _count(m.ngram.order, m.vocab or m.V, cache.streams['train'], workdir / 'counting')
     for k in range(1, m.ngram.order + 1):
       say(f'order {k}: {len(params[f"level_{k}"]["keys"]):,} grams')
-    checkpoints.save(1, {'params': params},
-                     {**run_meta(config, cache, 1), 'examples': cache.manifest['splits']['train']['documents']})
+    checkpoints.save(1, {'params': params}, run_meta(config, cache, cache.manifest['splits']['train']['documents']))
     checkpoints.finish()
   finally:
     checkpoints.close()

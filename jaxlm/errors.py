@@ -7,7 +7,9 @@
 | 3    | checkpoints exist and none is good (never a silent step 0)     |
 | 10   | preempted, saved                                               |
 | 11   | a peer of a run of several processes is lost                   |
+| 12   | hang: no step for watchdog.seconds                             |
 | 13   | storage                                                        |
+| 14   | replicas differ                                                |
 """
 
 
@@ -27,9 +29,19 @@ class CheckpointError(JaxlmError):
   code = 3
 
 
+class HangError(JaxlmError):
+  """No step was done for too long. Never raised: the watchdog exits with its code."""
+  code = 12
+
+
 class StorageError(JaxlmError):
   """The workdir or cache cannot be written."""
   code = 13
+
+
+class ReplicaError(JaxlmError):
+  """Devices that should hold the same bits do not."""
+  code = 14
 
 
 class Preempted(JaxlmError):
@@ -42,4 +54,4 @@ class PeerLost(JaxlmError):
   code = 11
 
 
-BY_CODE = {error.code: error for error in (UsageError, CheckpointError, StorageError, Preempted, PeerLost)}
+BY_CODE = {error.code: error for error in (UsageError, CheckpointError, HangError, StorageError, ReplicaError, Preempted, PeerLost)}

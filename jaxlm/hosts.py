@@ -44,6 +44,7 @@ class Waits:
 
 
 _waits = Waits()
+_turns: dict[str, int] = {}
 
 
 @contextlib.contextmanager
@@ -133,6 +134,11 @@ def process() -> int:
   return distributed.global_state.process_id
 
 
+def count() -> int:
+  """Processes of the job."""
+  return distributed.global_state.num_processes or 1
+
+
 def lead() -> bool:
   """True in the process that prints and writes for all."""
   return process() == 0
@@ -146,7 +152,7 @@ def lead_first(what: str, run):
   """run(), by the lead first; once it is done there, by the others. Its JaxlmError is everybody's."""
   if alone():
     return run()
-  key = f'jaxlm/{what}'
+  key = f'jaxlm/{_turn(what)}'
   if lead():
     try:
       result = run()
@@ -170,7 +176,7 @@ def same(what: str, value: str) -> None:
   """UsageError in a process whose `value` is not the lead's."""
   if alone():
     return
-  key, digest = f'jaxlm/same/{what}', hashlib.sha256(value.encode()).hexdigest()
+  key, digest = f'jaxlm/same/{_turn(what)}', hashlib.sha256(value.encode()).hexdigest()
   if lead():
     _client().key_value_set(key, digest)
   elif _value(key, f'the {what} of process 0') != digest:
@@ -178,13 +184,28 @@ def same(what: str, value: str) -> None:
                      'and code, and a workdir that all share')
 
 
+def everyone(what: str, value: str) -> list[str]:
+  """What each process has for `value`, in their order. All must ask, as often as each other."""
+  if alone():
+    return [value]
+  key = f'jaxlm/everyone/{_turn(what)}'
+  _client().key_value_set(f'{key}/{process()}', value)
+  return [_value(f'{key}/{n}', f'{what} of process {n}') for n in range(count())]
+
+
 def meet(what: str) -> None:
   """Returns when all processes are here."""
   if not alone():
     try:
-      _client().wait_at_barrier(f'jaxlm/{what}', _waits.lead * 1000)
+      _client().wait_at_barrier(f'jaxlm/meet/{_turn(what)}', _waits.lead * 1000)
     except jax.errors.JaxRuntimeError as e:
       raise PeerLost(f'process {process()}: not all processes came to {what} within {_waits.lead} s: {_line(e)}') from e
+
+
+def _turn(what: str) -> str:
+  """A key for the n-th time that processes, all alike, come to `what`."""
+  _turns[what] = _turns.get(what, 0) + 1
+  return f'{what}/{_turns[what]}'
 
 
 def _value(key: str, words: str) -> str:

@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
-from jaxlm import checkpoint, encode, generate, layout
+from jaxlm import encode, generate, layout, resume
 from jaxlm.schema import Config, LoraConfig, MeshConfig, of_task
 from jaxlm.data import forms, pipeline
 from jaxlm.data.tokenizer import Tokenizer
@@ -165,7 +165,7 @@ def load(workdir, step: int | None = None, mesh: MeshConfig | None = None, merge
     with jax.sharding.use_abstract_mesh(made['mesh'].abstract_mesh):
       return kinds.abstract_params(config.model), made['mesh']
 
-  step, config, tokenizer, params = checkpoint.load(pathlib.Path(workdir), abstract, step, say)
+  step, config, tokenizer, params = resume.load(pathlib.Path(workdir), abstract, step, say)
   if config.model.lora.rank and merge:  # from here on it is a model like any other
     with jax.set_mesh(made['mesh']):
       params = jax.jit(lora.merged, static_argnums=0)(config.model, params)

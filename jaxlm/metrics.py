@@ -7,7 +7,6 @@ import sys
 import time
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -39,24 +38,6 @@ def flops_per_token(m: ModelConfig, params: int, length: int) -> float:
   return 6. * (params - looked_up - idle) + 6. * m.H * (m.K + (m.mla.v or m.K)) * seen
 
 
-class Timer:
-  """Where the time to the first step went, from the start of the process."""
-
-  def __init__(self):
-    started = psutil.Process().create_time()
-    self._last = time.time()
-    self.parts = {'import': self._last - started}
-
-  def mark(self, name: str) -> None:
-    now = time.time()
-    self.parts[name] = self.parts.get(name, 0) + now - self._last
-    self._last = now
-
-  def __str__(self):
-    split = ' · '.join(f'{name} {seconds:.1f}' for name, seconds in self.parts.items())
-    return f'first step after {sum(self.parts.values()):.1f} s: {split}'
-
-
 class Log:
   """Takes the sums of every step; every `log_every` steps, and at the last, writes a line of what they say.
 
@@ -71,7 +52,7 @@ class Log:
     self._keep_until(start)
     self._file = open(self._path, 'a', encoding='utf-8')
     self._events, self._workdir = None, workdir
-    self._sums, self._since = {}, time.time()
+    self._sums, self._since = {}, time.monotonic()
     self._progress = self._task = None
     if console.is_terminal:
       self._progress = Progress(
@@ -98,8 +79,26 @@ class Log:
     elif self._progress:
       self._progress.update(self._task, completed=step)
 
+  def skip(self, step: int, sums: dict, reason: str) -> None:
+    """A step whose update was skipped is a line of its own, and in no sum or mean; what of it is not finite is left out."""
+    found = {'loss': sums['loss'] / max(sums['tokens'], 1), 'grad_norm': sums['grad_norm']}
+    self.write(step, {'skipped': 1, **{f'skipped_{name}': float(value) for name, value in found.items() if np.isfinite(value)}})
+    say(f'step {step}: {reason}; its update is skipped')
+    if self._sums and (step % self._config.log_every == 0 or step == self._config.steps):
+      self._flush(step)
+
+  def back_to(self, step: int, jump: int) -> None:
+    """The run goes back to `step`, and its data over `jump` batches: lines after it are dropped, as after a resume."""
+    self._file.close()
+    self._keep_until(step)
+    self._file = open(self._path, 'a', encoding='utf-8')
+    if self._events:
+      self._events.close()
+    self._events, self._sums, self._since = None, {}, time.monotonic()
+    self.write(step + 1, {'jumped': jump})
+
   def _flush(self, step: int) -> None:
-    sums, seconds = self._sums, time.time() - self._since
+    sums, seconds = self._sums, time.monotonic() - self._since
     tokens, c = sums['tokens'], self._config
     speed = sums['steps'] * c.batch * c.length / seconds
     more = {'accuracy': float(sums['right'] / max(tokens, 1))} if 'right' in sums else {}
@@ -117,7 +116,7 @@ class Log:
         'tokens': step * c.batch * c.length, 'tokens_per_second': speed, 'step_seconds': seconds / sums['steps'],
         **({'model_flops_per_second': speed * self._flops} if c.model.kind == 'decoder' else {}), 'grad_norm': float(sums['grad_norm']),
         'param_norm': float(sums['param_norm']), 'learning_rate': float(sums['learning_rate']), **more})
-    self._sums, self._since = {}, time.time()
+    self._sums, self._since = {}, time.monotonic()
 
   def write(self, step: int, values: dict) -> None:
     """A line of metrics.jsonl, TensorBoard scalars, and the console."""
@@ -140,9 +139,9 @@ class Log:
   @contextlib.contextmanager
   def paused(self):
     """The time within (a save, an evaluation) is not a step's."""
-    began = time.time()
+    began = time.monotonic()
     yield
-    self._since += time.time() - began
+    self._since += time.monotonic() - began
 
   def close(self) -> None:
     if self._progress:
@@ -156,6 +155,12 @@ class NoLog:
   """A Log of a process that is not the one to write it."""
 
   def add(self, step: int, sums: dict) -> None:
+    pass
+
+  def skip(self, step: int, sums: dict, reason: str) -> None:
+    pass
+
+  def back_to(self, step: int, jump: int) -> None:
     pass
 
   def write(self, step: int, values: dict) -> None:

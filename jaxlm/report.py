@@ -37,6 +37,17 @@ def print_eval(described: str, result: dict) -> None:
   console.print(table)
 
 
+def print_goodput(seconds: dict[str, float]) -> None:
+  """Where a run's time went, over all its starts (goodput.py)."""
+  table, whole = Table(box=box.SIMPLE), sum(seconds.values())
+  table.add_column('time went to')
+  table.add_column('seconds', justify='right')
+  table.add_column('share', justify='right')
+  for kind, value in sorted(seconds.items(), key=lambda item: -item[1]):
+    table.add_row(kind, f'{value:,.1f}', f'{value / max(whole, 1e-9):.1%}', style='bold' if kind == 'step' else None)
+  console.print(table)
+
+
 def print_tasks(result: dict) -> None:
   """The harness's metrics, a line each."""
   say(f'step {result["step"]}, context {result["context"]}')

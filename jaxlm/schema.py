@@ -275,6 +275,25 @@ class StartConfig:
 class CheckpointConfig:
   keep: int = 3             # the newest so many
   keep_every: int = 0       # and each step that is a multiple of this; 0 is none
+  when_full: str = 'stop'   # the disk: stop | skip, which trains on unsaved
+  timeout: int = 1800       # seconds that a save may take
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """What is done about steps that go wrong (guard.py). `spike` is off by default: gradient norms of small batches have heavy tails,
+  and a healthy run would lose updates by it; OLMo-core runs its large ones with 6. An update that is not finite is always skipped."""
+  spike: float = 0.         # skips updates above mean + so many std of the last good steps, of loss or gradient norm; 0: none
+  window: int = 128         # good steps that these are of; half of them must have been
+  patience: int = 5         # updates skipped in a row, and then back to the newest good checkpoint, and over the data since
+  rollbacks: int = 3        # so often to the same checkpoint; then the run ends
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+  """When a run that does nothing is ended (watchdog.py). The defaults are long for any step, save or evaluation, yet far below a day."""
+  seconds: float = 1800.    # without a step, save or evaluation done; 0: it is never ended
+  start: float = 7200.      # the same, while a run restores and compiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,11 +318,13 @@ class Config:
   tasks: tuple[TaskConfig, ...] = ()  # by name; none: the run's objective on its data
   start: StartConfig = StartConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  guard: GuardConfig = GuardConfig()
+  watchdog: WatchdogConfig = WatchdogConfig()
 
 
 # What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
-# from the same state and data, except `steps`, which people raise to train on.
-FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|mesh\..*|checkpoint\..*|start\..*|'
+# from the same state and data, except `steps`, which people raise to train on, and `guard`, which they set when a run spikes.
+FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|(mesh|checkpoint|start|guard|watchdog)\..*|'
                   r'data\.(cache|stop|start|never)|tasks\.[^.]+\.metrics|microbatches|loss\.chunks|'
                   r'loss\.over|model\.pipeline\..*|model\.(attention|context|remat|save|offload|scan|pool|normalize)|optimizer\.offload)$')
 

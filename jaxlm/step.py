@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm import layout, objectives, optimizer
+from jaxlm import guard, layout, objectives, optimizer
 from jaxlm.schema import Config, MoeConfig
 from jaxlm.models import kinds
 from jaxlm.models.output import Training
@@ -11,9 +11,11 @@ from jaxlm.models.output import Training
 
 def init_state(config: Config, tx, key) -> dict:
   """A fresh state {'params', 'opt', 'step'}, sharded as its letters say; where rows of the data go on from step to step, also
-  {'carry'}: what a recurrent model remembers of them."""
+  {'carry'}: what a recurrent model remembers of them; with guard.spike, {'guard'}: what the last good steps were like."""
   params = kinds.init_params(config.model, key)
   state = {'params': params, 'opt': fresh_opt(config, tx, params), 'step': jnp.int32(0)}
+  if config.guard.spike:
+    state['guard'] = guard.fresh(config.guard)
   return {**state, 'carry': kinds.empty_carry(config.model, config.batch)} if config.data.order == 'contiguous' else state
 
 
@@ -41,7 +43,7 @@ def make_step(config: Config, tx, schedule):
   """(state, batch) → (state, sums): one update, to be jitted with the state donated.
 
   The gradient is Σ gradients / Σ tokens over all microbatches, so their number changes nothing but memory. An update
-  whose loss or gradient is not finite is not applied: the state stays, and sums['finite'] is 0.
+  that guard.py does not let pass is not applied: the state stays, and sums['applied'] is 0.
   """
   objective = objectives.of(config)
 
@@ -71,14 +73,15 @@ def make_step(config: Config, tx, schedule):
     grads = jax.tree.map(lambda g: g / jnp.maximum(sums['tokens'], 1), grads)
 
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(sums['loss']) & jnp.isfinite(grad_norm)
+    finite, applied, history = guard.judge(config.guard, state.get('guard'), sums['loss'] / jnp.maximum(sums['tokens'], 1), grad_norm)
     state = {**state, 'opt': optimizer.in_use(config.optimizer, state['opt'])}
     updates, opt = tx.update(grads, state['opt'], state['params'])
     params = even_out(config.model.moe, optax.apply_updates(state['params'], updates), sums)
-    new = {'params': params, 'opt': opt, 'step': state['step'] + 1} | ({'carry': carry} if 'carry' in state else {})
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    new = {'params': params, 'opt': opt, 'step': state['step'] + 1, 'carry': carry, 'guard': history}
+    new = jax.tree.map(lambda a, b: jnp.where(applied, a, b), {name: new[name] for name in state}, state)
     new['opt'] = optimizer.at_rest(config.optimizer, new['opt'])
     return new, {**sums, 'grad_norm': grad_norm, 'param_norm': optax.tree.norm(new['params']),
-                 'learning_rate': schedule(state['step']), 'finite': finite.astype(jnp.float32)}
+                 'learning_rate': schedule(state['step']), 'finite': finite.astype(jnp.float32),
+                 'applied': applied.astype(jnp.float32)}
 
   return train_step

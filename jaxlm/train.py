@@ -1,22 +1,31 @@
-"""The training loop: starts or goes on from the newest good checkpoint, and stops cleanly when told to."""
+"""Training: what is made ready before the first step, and what a run goes on from. The loop itself is loop.py.
+
+In this order: 1. The workdir is written to, and leased. 2. The step is traced, so that a config that cannot be is an error before
+anything is read. 3. While XLA compiles it, the data is made ready, and 4. the newest good checkpoint is restored, or a fresh state
+made. 5. Then no device waits for a host again, but to log, save and evaluate.
+"""
 import concurrent.futures
-import dataclasses
+import contextlib
+import functools
 import os
 import pathlib
-from typing import Callable
 
 import jax
 
-from jaxlm import config as configs, count, evaluate, hosts, layout, metrics, start, xla
-from jaxlm.checkpoint import Checkpoints, resume, run_meta
-from jaxlm.schema import Config
+from jaxlm import config as configs, count, goodput, guard, hosts, layout, metrics, report, start, xla
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import mixture, pipeline as pipelines
-from jaxlm.errors import JaxlmError, Preempted, StorageError, UsageError
+from jaxlm.errors import StorageError, UsageError
+from jaxlm.lease import Lease
+from jaxlm.loop import Begun, Loop
 from jaxlm.metrics import say
 from jaxlm.models import pipeline as pipelined
 from jaxlm.optimizer import make_optimizer
+from jaxlm.resume import resume
+from jaxlm.schema import Config
 from jaxlm.signals import Signals
 from jaxlm.step import abstract_state, fresh_opt, init_state, make_step
+from jaxlm.watchdog import Watchdog
 
 
 def use_compile_cache(folder: pathlib.Path) -> None:
@@ -38,14 +47,16 @@ def _prepare_workdir(workdir: pathlib.Path) -> None:
     raise StorageError(f'--workdir={workdir}: cannot be written ({e.strerror}); choose another') from e
 
 
-def train(config: Config, workdir: pathlib.Path) -> None:
-  """Trains to config.steps; counts, if model.kind=ngram. Raises Preempted (saved), UsageError, CheckpointError, StorageError."""
-  timer = metrics.Timer()
-  with Signals(hosts.signals()) as signals:
+def train(config: Config, workdir: pathlib.Path, allow: tuple[str, ...] = ()) -> None:
+  """Trains to config.steps; counts, if model.kind=ngram. allow: fields of the config in which a checkpoint may differ. Raises
+  Preempted (saved), UsageError, CheckpointError, StorageError."""
+  clock = goodput.Clock()
+  with Signals(hosts.signals()) as signals, contextlib.ExitStack() as held:
     _prepare_workdir(workdir)
+    if config.model.kind == 'ngram' and not hosts.alone():
+      raise UsageError('model.kind=ngram: is counted by one process; start one, without --coordinator')
+    lease = hosts.lead_first('lease', lambda: held.enter_context(Lease(workdir, say)) if hosts.lead() else None)
     if config.model.kind == 'ngram':
-      if not hosts.alone():
-        raise UsageError('model.kind=ngram: is counted by one process; start one, without --coordinator')
       count.run(config, workdir)
       return
     config = start.tokenizer_of(config, workdir)
@@ -53,48 +64,69 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     say(f'{workdir}: {config.steps} steps of {config.batch} × {config.length} tokens\n{configs.summary(config)}')
     mesh = layout.run_mesh(config)
     with jax.set_mesh(mesh):
-      _train(config, workdir, mesh, timer, signals)
+      _train(config, workdir, allow, mesh, clock, signals, lease)
 
 
-def _train(config: Config, workdir: pathlib.Path, mesh, timer, signals: Signals) -> None:
+def _train(config: Config, workdir: pathlib.Path, allow, mesh, clock, signals: Signals, lease: Lease | None) -> None:
   use_compile_cache(pathlib.Path(config.compile_cache) if config.compile_cache else workdir / 'compile_cache')
   tx, schedule = make_optimizer(config.optimizer, config.steps)
   abstract = abstract_state(config, tx)
   lowered = jax.jit(make_step(config, tx, schedule), donate_argnums=0).lower(
       layout.named(abstract, mesh), abstract_batch(config, mesh))
-  timer.mark('trace')
+  clock.mark('trace')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:  # XLA compiles while the data and the state get ready
     compiling = pool.submit(lowered.compile, xla.OPTIONS[jax.default_backend()])
     cache = hosts.lead_first('data cache', lambda: mixture.prepare(config, workdir, say))
     hosts.same('data cache', cache.hash)
     pipeline = mixture.make(config, cache)
-    timer.mark('data')
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    restored = resume(checkpoints, config, cache, abstract, mesh, jax.jit(lambda params: fresh_opt(config, tx, params)), say)
-    first, state = restored or (0, _fresh_state(config, tx))
-    hosts.same('newest good checkpoint', str(first))
-    if hosts.lead():
-      (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
-    if not restored and config.start.checkpoint:
+    clock.mark('data')
+    with Watchdog(config.watchdog, workdir, hosts.process()) as watchdog:
+      begin = functools.partial(_begin, config, workdir, allow, tx, abstract, mesh, cache)
+      begun = begin()
+      if hosts.lead():
+        (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
+      clock.mark('restore' if begun.meta else 'init')
+      step_fn = compiling.result()
+      hosts.meet('the first step')
+      clock.mark('compile')
+      params = sum(a.size for a in jax.tree.leaves(begun.state['params']))
+      sizes = ' × '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'one device'
+      say(f'{params / 1e6:.1f}M parameters on {sizes}{idle(config, mesh.shape["stage"])}; {pipeline.epochs()}; '
+          + (f'goes on from step {begun.step}' if begun.meta else 'starts at step 0'))
+      if begun.step >= config.steps:
+        say(f'already at step {begun.step}; raise --config.steps to train on')
+        return
+      log = metrics.Log(workdir, config, params, begun.step) if hosts.lead() else metrics.NoLog()
+      if lease:
+        clock.keep(workdir, begun.step)
+      signals.in_loop = True
+      loop = Loop(config, workdir, mesh, step_fn, pipeline, log, signals, clock, watchdog, lease, begin, begun)
+      del begun  # the loop donates its state
+      try:
+        loop.run()
+      finally:
+        log.close()
+        clock.close()
+        loop.checkpoints.close()
+  if lease:
+    report.print_goodput(goodput.summary(goodput.read(workdir / 'goodput.jsonl')))
+
+
+def _begin(config: Config, workdir: pathlib.Path, allow, tx, abstract, mesh, cache) -> Begun:
+  """What the run goes on from: the newest good checkpoint, or a fresh state."""
+  checkpoints = Checkpoints(workdir, config.checkpoint, say=say)
+  saved = {name: a for name, a in abstract.items() if name != 'guard'}
+  restored = resume(checkpoints, config, cache, saved, mesh, jax.jit(lambda params: fresh_opt(config, tx, params)), allow)
+  hosts.same('newest good checkpoint', str(restored and restored[0]))
+  if not restored:
+    state = _fresh_state(config, tx)
+    if config.start.checkpoint:
       state['params'] = start.parameters(config, state['params'], cache.tokenizer, mesh, say)
-    timer.mark('restore' if restored else 'init')
-    step_fn = compiling.result()
-  hosts.meet('the first step')
-  timer.mark('compile')
-  params = sum(a.size for a in jax.tree.leaves(state['params']))
-  sizes = ' × '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'one device'
-  say(f'{params / 1e6:.1f}M parameters on {sizes}{idle(config, mesh.shape["stage"])}; {pipeline.epochs()}; '
-      + (f'goes on from step {first}' if restored else 'starts at step 0'))
-  if first >= config.steps:
-    say(f'already at step {first}; raise --config.steps to train on')
-    return
-  log = metrics.Log(workdir, config, params, first) if hosts.lead() else metrics.NoLog()
-  signals.in_loop = True
-  try:
-    _Loop(config, workdir, mesh, step_fn, pipeline, checkpoints, log, signals, first, state).run(timer)
-  finally:
-    log.close()
-    checkpoints.close()
+    return Begun(checkpoints, 0, state, {})
+  step, state, meta = restored
+  if 'guard' in abstract:
+    state['guard'] = guard.from_meta(config.guard, meta.get('guard', {}), layout.named(abstract['guard'], mesh))
+  return Begun(checkpoints, step, state, meta)
 
 
 def idle(config: Config, stages: int) -> str:
@@ -115,68 +147,3 @@ def _fresh_state(config: Config, tx):
   options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
   init = jax.jit(lambda key: init_state(config, tx, key))
   return init.lower(jax.random.key(config.seed)).compile(compiler_options=options)(jax.random.key(config.seed))
-
-
-@dataclasses.dataclass
-class _Loop:
-  """Dispatches step n, prepares batch n + 1, and only then reads what step n − 1 said."""
-  config: Config
-  workdir: pathlib.Path
-  mesh: jax.sharding.Mesh
-  step_fn: Callable
-  pipeline: pipelines.Pipeline | mixture.Mixture
-  checkpoints: Checkpoints
-  log: metrics.Log
-  signals: Signals
-  saved: int                  # the newest step that is saved
-  state: dict
-  pending: tuple | None = None  # (step, its sums), still on the device
-
-  def run(self, timer: metrics.Timer) -> None:
-    config, start = self.config, self.saved
-    held_out = evaluate.held_out(config, self.pipeline.cache, self.mesh) if config.eval_every else None
-    batch = self.pipeline.batch(start, self.mesh)
-    with jax.transfer_guard('disallow'):
-      for done in range(start + 1, config.steps + 1):
-        self.state, sums = self.step_fn(self.state, batch)
-        if done < config.steps:
-          batch = self.pipeline.batch(done, self.mesh)
-        self.read()
-        self.pending = (done, sums)
-        if done == start + 1:
-          jax.block_until_ready(sums)
-          timer.mark('step')
-          say(str(timer))
-        if hosts.preempted(done):
-          self.signals.received = 'SIGTERM'
-        if self.signals.received or done == config.steps or done % config.save_every == 0:
-          self.save(done)
-        if self.signals.received:
-          break
-        if held_out and done % config.eval_every == 0:
-          self.read()
-          with self.log.paused():
-            self.log.write(done, dict(held_out.run(self.state['params'])))
-      self.checkpoints.finish()
-    if self.signals.received and self.saved < config.steps:
-      raise Preempted(f'{self.signals.received}: saved step {self.saved} of {config.steps} in {self.workdir}; '
-                      'the same command goes on from there')
-    say(f'trained to step {self.saved}; checkpoint saved in {self.workdir}')
-
-  def read(self) -> None:
-    """Logs what the pending step said. JaxlmError if it was not finite."""
-    if self.pending is None:
-      return
-    step, sums = self.pending[0], hosts.fetch(self.pending[1])
-    self.pending = None
-    if not sums['finite']:
-      raise JaxlmError(f'step {step}: the loss is {sums["loss"] / max(sums["tokens"], 1)} and the gradient norm '
-                       f'{sums["grad_norm"]}; the update was not applied, and the newest checkpoint is {self.saved}. '
-                       'Lower --config.optimizer.lr, or look at the batch with `jaxlm data show`')
-    self.log.add(step, sums)
-
-  def save(self, step: int) -> None:
-    self.read()  # never save past a step that was not finite
-    with self.log.paused():
-      self.checkpoints.save(step, self.state, run_meta(self.config, self.pipeline.cache, step))
-    self.saved = step

@@ -23,12 +23,13 @@ CHOICES = {
     'loss.over': ('length', 'vocabulary'), 'model.remat': ('none', 'dots', *REMAT), 'model.context': ('ring', 'gather'),
     'model.rope.scaling': ('none', 'linear', 'llama3', 'yarn'),
     'model.moe.score': ('softmax', 'sigmoid'), 'model.moe.dispatch': ('dropless', 'capacity'),
+    'checkpoint.when_full': ('stop', 'skip'),
     'optimizer.name': ('adamw', 'muon'), 'optimizer.schedule': ('constant', 'cosine', 'linear', 'wsd', 'inverse_sqrt'),
 }
 # Keys that may be zero; every other number but the mesh's is above it.
 ZERO_OK = re.compile(
     r'(seed|eval_every|loss\.(z_loss|smoothing)|objective\.(source|next_sentence)|start\.step|data\.heldout|'
-    r'checkpoint\.keep_every|model\.(P|vocab|window|first|first_position|encoder_N|T|C|norm_offset|attention_scale|'
+    r'checkpoint\.keep_every|guard\.(spike|rollbacks)|watchdog\.seconds|model\.(P|vocab|window|first|first_position|encoder_N|T|C|norm_offset|attention_scale|'
     r'attention_cap|logit_cap|dropout|lora\.rank|rnn\.(teacher|sampling)|rope\.(local_base|original)|'
     r'pipeline\.pieces|moe\.(E|F|first|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
     r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2))$')
@@ -65,6 +66,7 @@ def validate(c: Config) -> None:
       need(targets % c.loss.chunks == 0, 'loss.chunks', f'does not divide the {targets} targets of a row (length={c.length})')
     else:
       need(m.V % c.loss.chunks == 0, 'loss.chunks', f'does not divide model.V={m.V}')
+  need(c.guard.window >= 2, 'guard.window', 'wants 2 steps or more')
   try:
     re.compile(c.optimizer.no_decay)
   except re.error as e:

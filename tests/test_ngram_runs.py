@@ -47,7 +47,7 @@ def test_the_run_counts_each_token_and_the_end_of_each_document(trained):
   boundary = lm.tokenizer.boundary
   assert slow.p(documents[0][-3:-1], boundary) == pytest.approx(
       lm.counted.distribution(np.array(documents[0][-3:-1]))[boundary]) and boundary != 257
-  with open(trained / 'checkpoints' / '1' / 'run' / 'metadata', encoding='utf-8') as f:
+  with open(trained / 'checkpoints' / '1' / 'run.json', encoding='utf-8') as f:
     meta = json.load(f)
   assert meta['examples'] == len(documents) and meta['config']['model']['ngram']['order'] == 3
   assert not (trained / 'counting').exists()

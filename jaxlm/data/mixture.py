@@ -49,6 +49,7 @@ class Mixture:
   config: Config
   cache: caches.Caches
   pipelines: tuple[pipeline.Pipeline, ...]  # a task each, in order
+  skipped: int = 0  # see Pipeline
 
   @functools.cached_property
   def quotas(self) -> tuple[int, ...]:
@@ -67,7 +68,7 @@ class Mixture:
 
   def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
     """Rows [start, stop) of the global batch of `step` (from 0); 'task' [B, 1] says whose each is."""
-    tasks, own = self.tasks_of(step * self.config.batch + np.arange(start, stop, dtype=np.int64))
+    tasks, own = self.tasks_of(self.skipped + step * self.config.batch + np.arange(start, stop, dtype=np.int64))
     out = {name: np.zeros((len(own), size), dtype) for name, (size, dtype) in shapes(self.config).items()}
     out['task'][:, 0] = tasks
     for k in np.unique(tasks):

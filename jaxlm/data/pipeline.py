@@ -47,6 +47,7 @@ class Pipeline:
   """The training batches of a run."""
   config: Config
   cache: packing.Cache
+  skipped: int = 0  # examples before those of step 0: of a run that had another batch
 
   @functools.cached_property
   def task(self) -> examples.Task:
@@ -59,7 +60,7 @@ class Pipeline:
 
   def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
     """Rows [start, stop) of the global batch of `step` (from 0)."""
-    numbers = step * self.config.batch + np.arange(start, stop, dtype=np.int64)
+    numbers = self.skipped + step * self.config.batch + np.arange(start, stop, dtype=np.int64)
     if self.config.data.order == 'contiguous':
       return self._lanes(step, np.arange(start, stop, dtype=np.int64), numbers)
     return self.examples(numbers)

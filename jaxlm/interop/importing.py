@@ -10,7 +10,7 @@ import pathlib
 import re
 import shutil
 
-from jaxlm import checkpoint, config as configs, report
+from jaxlm import checkpoint, config as configs, report, seal
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.interop import convert
@@ -123,13 +123,16 @@ def write_run(workdir: pathlib.Path, config: Config, tokenizer: str, imported: d
   shutil.rmtree(temporary, ignore_errors=True)
   meta = {'config': json.loads(configs.to_json(config)), 'examples': 0, 'tokenizer': tokenizer, 'imported': imported}
   try:
-    state = checkpoint.skeleton(temporary, meta)
+    step = temporary / 'checkpoints' / '0'
+    (step / 'state').mkdir(parents=True)
     with report.progress('importing', sum(map(math.prod, shapes.values()))) as tick:
-      write_arrays(state, shapes, items, tick)
+      write_arrays(step / 'state', shapes, items, tick)
+    checkpoint.write_sealed(step, 0, meta, {})  # no array of it was on a device
     (workdir / 'tokenizer.json').write_text(tokenizer, encoding='utf-8')
     (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
     (workdir / 'checkpoints').mkdir(exist_ok=True)
-    (temporary / 'checkpoints' / '0').rename(workdir / 'checkpoints' / '0')
+    step.rename(workdir / 'checkpoints' / '0')
+    seal.sync_folder(workdir / 'checkpoints')
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
