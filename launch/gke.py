@@ -5,7 +5,7 @@
     launch/gke.py --name=llama --image=IMAGE --claim=PVC --gpu=nvidia-h100-80gb --gpus=8 --hosts=16 -- train … --workdir=/runs/R
 
 --image: has this tree in /jaxlm, and jaxlm installed. --claim: a ReadWriteMany volume, mounted at /runs. --chips: of TPU a host (4).
---namespace, --dry-run: prints the command with its manifest, and runs nothing. It wants kubectl, and a cluster that has JobSet.
+--dry-run: prints the command with its manifest, and runs nothing. It wants kubectl, and a cluster that has JobSet.
 
 When a pod ends, all start again (--restarts times at most): preempted (10), lost (11), hung (12), storage (13) or killed. The exit codes
 1, 2, 3, 4 and 14 are final for all. Process 0 counts the starts without a newer checkpoint, waits longer before each, and
@@ -17,7 +17,10 @@ import shlex
 import subprocess
 import sys
 
-import yaml
+try:
+  import yaml
+except ImportError:
+  sys.exit('gke: wants PyYAML, which jaxlm brings; start it with the interpreter that has jaxlm: .venv/bin/python launch/gke.py …')
 
 PORT = 8476  # of jaxlm/cluster.py
 FINAL = [1, 2, 3, 4, 14]
