@@ -1,12 +1,12 @@
 # make quickstart | test | parity | bench | smollm2 | minilm | ladder | translate | classify | pods | planner | scaling | recommend |
-# axes. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
+# axes | launch-check | slurm. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods planner scaling recommend axes clean
+.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods planner scaling recommend axes launch-check slurm clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -94,6 +94,21 @@ recommend: $(VENV)/installed-test
 # Writes docs/axes.md: Explicit against Auto axes, scanned against unrolled layers, compiled for a pod.
 axes: $(VENV)/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/axes.py
+
+# SkyPilot, whose dependencies are not ours, in an environment of its own.
+$(VENV)/sky/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)/sky
+	$(VENV)/sky/bin/python -m pip install --quiet --disable-pip-version-check skypilot==0.14.1
+	touch $@
+
+# The launchers, and launch/skypilot.yaml by SkyPilot's own parser.
+launch-check: $(VENV)/installed-test $(VENV)/sky/installed
+	SKY_PYTHON=$(abspath $(VENV))/sky/bin/python $(BIN)/python -m pytest tests/test_launch.py
+
+# launch/slurm.sh under a real Slurm of this machine (Debian's slurm-wlm and munge, on loopback). Wants root.
+slurm: $(VENV)/installed-test
+	command -v slurmctld || { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge; }
+	JAXLM_SLURM=1 $(BIN)/python -m pytest -s tests/test_slurm.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

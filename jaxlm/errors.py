@@ -16,7 +16,6 @@
 class JaxlmError(Exception):
   """One clear line: the key or file, the value, and the mend."""
   code = 1
-  told = False  # by another process of the run
 
 
 class UsageError(JaxlmError):

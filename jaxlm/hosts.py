@@ -15,10 +15,12 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import ipaddress
 import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 
 import jax
@@ -27,7 +29,7 @@ from jax.sharding import NamedSharding
 
 from jaxlm import metrics
 from jaxlm.cluster import Job
-from jaxlm.errors import BY_CODE, JaxlmError, PeerLost, Preempted, UsageError
+from jaxlm.errors import BY_CODE, JaxlmError, PeerLost, UsageError
 
 GRACE = 10  # seconds that a process with an error waits for the others
 # By their defaults XLA's CPU collectives give up after 30 or 40 seconds, which a busy machine may well take to compile.
@@ -56,19 +58,13 @@ def joined(job: Job | None, waits: Waits = Waits()):
   global _waits
   _waits = waits
   job = _asked(job, waits)
-  try:
-    _join(job, waits)
-  except JaxlmError:
-    raise
-  except Exception as e:  # pylint: disable=broad-except  # jaxlib raises RuntimeError, ValueError or XlaRuntimeError
-    raise PeerLost(f'process {job.process} of {job.processes} could not join at {job.coordinator} within {waits.join} s: '
-                   f'{_line(e)}. Start all processes, with the same --coordinator, which must be reachable from all') from e
+  _join(job, waits)
   if job.process:
     metrics.console.quiet = True
   try:
     yield
   except JaxlmError as e:
-    _leave(e.code, f'jaxlm: {e}', alike=e.told or isinstance(e, Preempted))
+    _leave(e.code, f'jaxlm: {e}')
   except Exception as e:  # pylint: disable=broad-except
     if isinstance(e, jax.errors.JaxRuntimeError) and any(word in str(e).lower() for word in LOST):
       _leave(PeerLost.code, f'jaxlm: process {job.process} of {job.processes}: a peer is lost: {_line(e)}')
@@ -83,10 +79,21 @@ def _join(job: Job, waits: Waits) -> None:
   if job.process == 0:
     bind = os.environ.get('JAX_COORDINATOR_BIND_ADDRESS') or own_address(job.coordinator)
   devices = None if job.devices is None else list(job.devices)
+  late = threading.Timer(waits.join, _late, [job, waits])
+  late.daemon = True
+  late.start()
   jax.distributed.initialize(
       job.coordinator, job.processes, job.process, local_device_ids=devices, cluster_detection_method='deactivate',
-      coordinator_bind_address=bind, initialization_timeout=waits.join, heartbeat_timeout_seconds=waits.heartbeat,
+      coordinator_bind_address=bind, initialization_timeout=waits.join + GRACE, heartbeat_timeout_seconds=waits.heartbeat,
       shutdown_timeout_seconds=waits.heartbeat)
+  late.cancel()
+
+
+def _late(job: Job, waits: Waits) -> None:
+  """Ends a process whose peers did not come, where jaxlib would abort it with a stack trace."""
+  print(f'jaxlm: process {job.process} of {job.processes}: not all have joined at {job.coordinator} after {waits.join} s '
+        '(--join_seconds). Start all of them, with the same --coordinator, which all must reach', file=sys.stderr, flush=True)
+  os._exit(PeerLost.code)
 
 
 def _asked(job: Job, waits: Waits) -> Job:
@@ -119,7 +126,9 @@ def own_address(coordinator: str) -> str:
       except OSError as e:
         reason = e.strerror
         continue
-      return f'[{address[0]}]:{port}' if family == socket.AF_INET6 else f'{address[0]}:{port}'
+    if ipaddress.ip_address(address[0]).is_loopback and host not in ('localhost', address[0], f'[{address[0]}]'):
+      metrics.say(f'{host} is {address[0]} on this machine, where only its own processes can join; for others name its address')
+    return f'[{address[0]}]:{port}' if family == socket.AF_INET6 else f'{address[0]}:{port}'
   raise UsageError(f'--coordinator={coordinator}: process 0 cannot listen there ({reason}); name an address and a free port of its '
                    'machine, or set JAX_COORDINATOR_BIND_ADDRESS')
 
@@ -166,9 +175,7 @@ def lead_first(what: str, run):
     return result
   code, _, text = _value(key, f'{what}, which process 0 prepares').partition(' ')
   if code != '0':
-    error = BY_CODE.get(int(code), JaxlmError)(text)
-    error.told = True
-    raise error
+    raise BY_CODE.get(int(code), JaxlmError)(text)
   return run()
 
 
@@ -244,17 +251,23 @@ def _gather(mesh):
   return jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, jax.P()))
 
 
-def _leave(code: int, text: str, alike: bool = False) -> None:
-  """Ends this process with `code`; what all have to say, the lead says."""
-  if lead() or not alike:
-    print(text, file=sys.stderr)
+def _leave(code: int, text: str) -> None:
+  """Ends this process with `code`; what all have to say, the lead says alone."""
   sys.stdout.flush()
-  sys.stderr.flush()
+  if lead():
+    print(text, file=sys.stderr, flush=True)
+  said = None
   try:
+    if lead():
+      _client().key_value_set('jaxlm/said', text)
     _client().wait_at_barrier('jaxlm/leave', GRACE * 1000)
-    jax.distributed.shutdown()
+    said = _client().blocking_key_value_get('jaxlm/said', GRACE * 1000)
   except Exception:  # pylint: disable=broad-except  # the others are not coming: they are in a collective, or gone
     pass
+  if not lead() and said != text:
+    print(text, file=sys.stderr, flush=True)
+  if said is not None:
+    jax.distributed.shutdown()
   os._exit(code)
 
 

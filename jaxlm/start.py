@@ -29,8 +29,9 @@ def tokenizer_of(config: Config, workdir: pathlib.Path) -> Config:
   checkpoints, step = _open(config)
   file = workdir / 'tokenizer.json'
   if config.data.tokenizer == 'start':
+    text = checkpoints.read_meta(step)['tokenizer']  # which all processes do together
     if hosts.lead():
-      file.write_text(checkpoints.read_meta(step)['tokenizer'], encoding='utf-8')
+      file.write_text(text, encoding='utf-8')
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file)))
   checkpoints.close()
   return config

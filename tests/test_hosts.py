@@ -130,6 +130,13 @@ def test_processes_of_different_configs_do_not_train():
   assert code == 2 and 'process 1: its config is not that of process 0' in err
 
 
+def test_who_waits_in_vain_for_the_others_says_so(texts, tmp_path):
+  out = subprocess.run([sys.executable, '-m', 'jaxlm', *command(texts, tmp_path), '--coordinator=127.0.0.1:1', '--processes=2',
+                        '--process=1', '--join_seconds=2'], env=env(4), capture_output=True, text=True, check=False)
+  assert out.returncode == 11 and 'process 1 of 2: not all have joined at 127.0.0.1:1 after 2 s' in out.stderr
+  assert not (tmp_path / 'metrics.jsonl').exists()
+
+
 BAD = {'--processes=2: wants --coordinator and --process too': (None, 2, None),
        '--coordinator=there:1: wants --processes and --process': ('there:1', None, None),
        '--coordinator=there: wants HOST:PORT': ('there', 2, 0),
