@@ -9,7 +9,7 @@ from typing import Callable
 
 import jax
 
-from jaxlm import config as configs, count, evaluate, goodput, guard, layout, metrics, report, start, xla
+from jaxlm import config as configs, count, evaluate, goodput, guard, layout, metrics, replicas, report, start, xla
 from jaxlm.checkpoint import Checkpoints, resume, run_meta
 from jaxlm.schema import Config
 from jaxlm.data import mixture, pipeline as pipelines
@@ -178,6 +178,9 @@ class _Loop:
           say(str(self.clock))
           told = True
         self.clock.tick(done)
+        if config.guard.replicas_every and done % config.guard.replicas_every == 0:
+          replicas.check(self.state, done, self.saved)
+          self.mark('replicas')
         if self.signals.received or self.due or done == config.steps or done % config.save_every == 0:
           self.save(done)
         if self.signals.received:
