@@ -51,13 +51,14 @@ def test_the_device_that_differs_is_named(sizes):
           assert found == [(f'over/{name}', [device])]
 
 
-def test_two_devices_that_are_wrong(sizes=(8, 1, 1)):
-  with jax.set_mesh(common.mesh_of(*sizes)) as _:
-    mesh = common.mesh_of(*sizes)
+def test_two_devices_that_are_wrong():
+  mesh = common.mesh_of(8, 1, 1)
+  with jax.set_mesh(mesh):
     good = tree(mesh)
     bad = [jax.devices()[n] for n in (2, 5)]
     both = flipped(flipped(good['whole'], bad[0], 3), bad[1], 9)
-    with pytest.raises(ReplicaError, match=rf'^step 9: step on {bad[1]} of process 0 is not .*, nor are 1 more arrays; .*checkpoint 6') as e:
+    message = rf'^step 9: step on {bad[1]} of process 0 is not .*, nor are 1 more arrays; .*checkpoint 6'
+    with pytest.raises(ReplicaError, match=message) as e:
       replicas.check({**good, 'whole': both, 'step': flipped(good['step'], bad[1])}, 9, 6)
     assert e.value.code == 14
     assert replicas.differing({**good, 'whole': both}) == [('whole', bad)]
