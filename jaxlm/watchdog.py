@@ -2,7 +2,8 @@
 
 A thread looks now and then at when the loop last said that it goes on. It counts only time in which it ran itself, so that neither
 a clock that is set nor a process that was stopped for a while looks like a hang. Where native code never gives the interpreter's
-lock back, that thread cannot run either: then faulthandler's own, which needs no lock, writes the stacks and exits with 1.
+lock back, that thread cannot run either: then faulthandler's own, which needs no lock, writes the stacks and exits with 1 (as it does
+after a process was stopped for longer than the whole limit, which it cannot tell from that).
 """
 import faulthandler
 import os

@@ -73,11 +73,11 @@ def test_stuck_in(how, tmp_path):
 
 
 def test_a_process_that_was_stopped_is_not_taken_for_one_that_hangs(tmp_path):
-  code = CHILD.format(how='time.sleep(0.5)')
+  code = CHILD.format(how='[time.sleep(0.1) for _ in range(6)]')
   with subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
     assert child.stdout.readline() == 'watched\n'
     child.send_signal(signal.SIGSTOP)
-    time.sleep(0.95)  # of the 1 s; it then sleeps on, beyond that
+    time.sleep(0.95)  # of the 1 s; what it does itself takes it beyond that
     child.send_signal(signal.SIGCONT)
     out, err = child.communicate(timeout=60)
   assert child.returncode == 0 and 'went on' in out, err
