@@ -1,9 +1,9 @@
 """Where a run's time went, over all its starts: a clock, the log that it keeps, and what that log says.
 
-    workdir/goodput.jsonl    a line at each start (`from`: the step it goes on from), save and return to an earlier step, and now and then
-                             between: time, start (the number of it), step, seconds of each kind since that start
+    workdir/goodput.jsonl    a line at each start (`begins`: the step it goes on from), save and return to an earlier step, and now and
+                             then between: time, start (the number of it), step, seconds of each kind since that start
 
-Kinds: import, trace, data, init, compile, restore, step, save, eval; and what only the log as a whole says: `lost`, data and steps that
+Kinds: import, trace, data, init, compile, restore, step, save, eval, replicas; and what only the log as a whole says: `lost`, data and steps that
 were run again after a crash or a return, and `down`, from the last line of one start to the beginning of the next.
 """
 import json

@@ -104,12 +104,13 @@ class Lease:
     """Returns once the holder is known to be dead."""
     try:
       holder = json.loads(found)
+      began = holder['began']
       who = f'process {holder["pid"]} on {holder["host"]}, which began at {time.strftime("%F %T", time.localtime(holder["since"]))}'
     except (ValueError, TypeError, KeyError, OverflowError, OSError):
-      holder, who = {}, 'a job that has not said whose it is'
+      holder, began, who = {}, None, 'a job that has not said whose it is'
     mend = 'stop it, or use another --workdir'
     if all(holder.get(key) == value for key, value in _place().items()):
-      if holder['began'] == _began(holder['pid']):
+      if began == _began(holder['pid']):
         raise UsageError(f'--workdir={self._workdir}: is in use by {who}; {mend}')
       return
     self._say(f'{self._path}: was left by {who}; watching for {QUIET:g} seconds whether it is alive')

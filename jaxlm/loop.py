@@ -5,7 +5,7 @@ from typing import Callable, NamedTuple
 
 import jax
 
-from jaxlm import evaluate, goodput, guard, hosts, metrics
+from jaxlm import evaluate, goodput, guard, hosts, metrics, replicas
 from jaxlm.checkpoint import Checkpoints, run_meta
 from jaxlm.data import mixture, pipeline as pipelines
 from jaxlm.errors import Preempted
@@ -65,6 +65,9 @@ class Loop:
           told = True
         self._clock.tick(done)
         self.checkpoints.check()
+        if config.guard.replicas_every and done % config.guard.replicas_every == 0:
+          replicas.check(self._state, done, self._saved)
+          self._mark('replicas')
         if hosts.preempted(done):
           self._signals.received = 'SIGTERM'
         if self._signals.received or self._due or done == config.steps or done % config.save_every == 0:

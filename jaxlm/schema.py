@@ -287,6 +287,7 @@ class GuardConfig:
   window: int = 128         # good steps that these are of; half of them must have been
   patience: int = 5         # updates skipped in a row, and then back to the newest good checkpoint, and over the data since
   rollbacks: int = 3        # so often to the same checkpoint; then the run ends
+  replicas_every: int = 0   # steps between two comparisons of what devices should hold alike (replicas.py); 0: none
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,8 @@ CHOICES = {
 # Keys that may be zero; every other number but the mesh's is above it.
 ZERO_OK = re.compile(
     r'(seed|eval_every|loss\.(z_loss|smoothing)|objective\.(source|next_sentence)|start\.step|data\.heldout|'
-    r'checkpoint\.keep_every|guard\.(spike|rollbacks)|watchdog\.seconds|model\.(P|vocab|window|first|first_position|encoder_N|T|C|norm_offset|attention_scale|'
+    r'checkpoint\.keep_every|guard\.(spike|rollbacks|replicas_every)|watchdog\.seconds|'
+    r'model\.(P|vocab|window|first|first_position|encoder_N|T|C|norm_offset|attention_scale|'
     r'attention_cap|logit_cap|dropout|lora\.rank|rnn\.(teacher|sampling)|rope\.(local_base|original)|'
     r'pipeline\.pieces|moe\.(E|F|first|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
     r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2))$')

@@ -2,7 +2,8 @@
 
 A thread looks now and then at when the loop last said that it goes on. It counts only time in which it ran itself, so that neither
 a clock that is set nor a process that was stopped for a while looks like a hang. Where native code never gives the interpreter's
-lock back, that thread cannot run either: then faulthandler's own, which needs no lock, writes the stacks and exits with 1.
+lock back, that thread cannot run either: then faulthandler's own, which needs no lock, writes the stacks and exits with 1 (as it does
+after a process was stopped for longer than the whole limit, which it cannot tell from that).
 """
 import faulthandler
 import os
@@ -20,13 +21,13 @@ class Watchdog:
 
   def __init__(self, c: WatchdogConfig, workdir: pathlib.Path, process: int):
     self._config, self._path = c, workdir / f'stacks-{process}.txt'
-    self._limit, self._quiet = c.start, 0.
+    self._limit, self._signs = c.start, 0
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
   def __enter__(self):
     if self._config.seconds:
-      self._file = open(self._path, 'w', encoding='utf-8')  # now: later the disk may be what hangs
+      self._file = open(self._path, 'a', encoding='utf-8')  # now: later the disk may be what hangs. Of an earlier hang it is kept
       self._tick = min(self._config.seconds / 10, 5.)
       self._backstop()
       self._thread.start()
@@ -37,28 +38,31 @@ class Watchdog:
     if self._config.seconds:
       self._thread.join()
       self._file.close()
-      self._path.unlink()
+      if not self._path.stat().st_size:
+        self._path.unlink()
 
   def fed(self) -> None:
     """The loop goes on."""
-    self._limit, self._quiet = self._config.seconds, 0.
+    self._limit = self._config.seconds
+    self._signs += 1
 
   def starts(self) -> None:
     """What comes now may take as long as the start of a run."""
-    self._limit, self._quiet = self._config.start, 0.
+    self._limit = self._config.start
+    self._signs += 1
 
   def _backstop(self) -> None:
     faulthandler.dump_traceback_later(self._limit + 2 * self._tick, exit=True, file=self._file)
 
   def _watch(self) -> None:
-    last = time.monotonic()
+    last, seen, quiet = time.monotonic(), self._signs, 0.
     try:
       while not self._over.wait(self._tick):
-        now = time.monotonic()
-        self._quiet += min(now - last, 2 * self._tick)
-        last = now
+        now, signs = time.monotonic(), self._signs
+        quiet = quiet + min(now - last, 2 * self._tick) if signs == seen else 0.
+        last, seen = now, signs
         self._backstop()
-        if self._quiet > self._limit:
+        if quiet > self._limit:
           self._end()
     finally:
       faulthandler.cancel_dump_traceback_later()

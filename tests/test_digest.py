@@ -104,7 +104,8 @@ def test_zeros_of_different_lengths_differ():
   assert of_array(np.float32(0)).tolist() != of_array(np.float32(-0.)).tolist()
 
 
-@pytest.mark.parametrize('shape', [(3, 5), (2 ** 16, 2 ** 16), (2 ** 17, 2 ** 16 + 1, 3), (2 ** 31 - 1, 2 ** 31 - 1), (7, 2 ** 20, 2 ** 20)])
+@pytest.mark.parametrize('shape', [
+    (3, 5), (2 ** 16, 2 ** 16), (2 ** 17, 2 ** 16 + 1, 3), (2 ** 31 - 1, 2 ** 31 - 1), (7, 2 ** 20, 2 ** 20)])
 def test_the_index_of_more_than_fits_one_word(shape):
   rng = np.random.default_rng(3)
   places = [np.concatenate([[0, n - 1], rng.integers(0, n, 100)]) for n in shape]

@@ -1,5 +1,8 @@
 """Updates that are not finite, or spike: the run ends as one whose data never held those batches, bit for bit."""
 import json
+import os
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +12,17 @@ import pytest
 from jaxlm import guard, loop, objectives, train as training
 from jaxlm.checkpoint import Checkpoints, steps
 from jaxlm.data import pipeline
-from jaxlm.errors import JaxlmError
+from jaxlm.errors import CheckpointError, JaxlmError, Preempted
 from jaxlm.schema import GuardConfig
 from tests import common
-from tests.test_checkpoint import losses, metrics, run_config, state_of
+from tests.test_checkpoint import damage, losses, metrics, run_config, state_of
 
 NAN, INF = 100, 200  # marks of these two
 
 
-@pytest.fixture
-def data(monkeypatch):
+def tampered(replace):
   """The run's data and loss, to tamper with: `poison` {position: what the loss is multiplied by}, `leave_out` positions,
-  `kill` where the run dies, once; `read` lists the positions of batches that were made."""
+  `kill` where the run dies, once; `read` lists the positions of batches that were made. replace: setattr, or as it."""
   class Data:
     poison, leave_out, kill, read = {}, (), None, []
   rows, of = pipeline.Pipeline.rows, objectives.of
@@ -45,10 +47,14 @@ def data(monkeypatch):
       factor = jnp.where(mark == 2 + NAN, jnp.nan, jnp.where(mark == 2 + INF, jnp.inf, mark - 2))
       return loss * jnp.where(mark > 1, factor, 1.), more
     return marked
-  monkeypatch.setattr(pipeline.Pipeline, 'rows', tampered_rows)
-  monkeypatch.setattr(objectives, 'of', tampered_of)
-  Data.poison, Data.leave_out, Data.read = {}, (), []
+  replace(pipeline.Pipeline, 'rows', tampered_rows)
+  replace(objectives, 'of', tampered_of)
   return Data
+
+
+@pytest.fixture
+def data(monkeypatch):
+  return tampered(monkeypatch.setattr)
 
 
 def guarded(texts, **changes):
@@ -168,6 +174,45 @@ def test_when_going_back_does_not_help_the_error_names_the_step(texts, data, tmp
   assert '\n' not in str(e.value)
   assert steps(tmp_path) == [3, 6]
   assert data.read[-2:] == [15, 16]  # the batch that it says to look at was the last whose step was read
+
+
+def test_where_it_goes_back_to_is_the_newest_that_is_good(texts, data, tmp_path, monkeypatch):
+  data.poison = {7: np.nan, 8: np.nan, 9: np.nan}
+  rows, bad = pipeline.Pipeline.rows, [6]
+
+  def damaging(self, step, start, stop):
+    while step == 10 and bad:
+      if bad[0] in steps(tmp_path / 'a'):  # its save may be under way
+        damage(tmp_path / 'a', bad.pop(0))
+    return rows(self, step, start, stop)
+  monkeypatch.setattr(pipeline.Pipeline, 'rows', damaging)
+  training.train(guarded(texts), tmp_path / 'a')
+  meta = Checkpoints(tmp_path / 'a', read_only=True).read_meta(12)
+  assert meta['jumps'] == [[3, 7]] and meta['examples'] == 19 * 8 and data.read == [*range(11), *range(10, 19)]
+  found = state_of(tmp_path / 'a', 12)
+  common.assert_trees_equal(found, clean(data, texts, tmp_path / 'b', (3, 4, 5, 6, 7, 8, 9)))
+  shutil.rmtree(tmp_path / 'a')
+  bad[:], data.poison, data.leave_out = [3, 6], {7: np.nan, 8: np.nan, 9: np.nan}, ()
+  with pytest.raises(CheckpointError, match=r'none of the steps \[6, 3\]'):
+    training.train(guarded(texts), tmp_path / 'a')
+
+
+def test_a_signal_while_updates_are_skipped_saves_nothing(texts, data, tmp_path, monkeypatch):
+  data.poison = {7: np.nan, 8: np.nan}
+  rows = pipeline.Pipeline.rows
+
+  def signalled(self, step, start, stop):
+    if step == 9:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return rows(self, step, start, stop)
+  monkeypatch.setattr(pipeline.Pipeline, 'rows', signalled)
+  with pytest.raises(Preempted, match='saved step 6 of 12'):
+    training.train(guarded(texts), tmp_path / 'a')
+  assert steps(tmp_path / 'a') == [3, 6]
+  monkeypatch.setattr(pipeline.Pipeline, 'rows', rows)
+  training.train(guarded(texts), tmp_path / 'a')
+  found = state_of(tmp_path / 'a', 12)
+  common.assert_trees_equal(found, clean(data, texts, tmp_path / 'b', (7, 8), steps=10))
 
 
 def test_judge_against_numpy():

@@ -28,13 +28,13 @@ cli.main()
 
 
 def test_a_data_source_that_is_stuck(texts, tmp_path):
-  words = ['train', f'--config=tests/configs/tiny.py:{texts}/*.txt', f'--workdir={tmp_path}', '--config.watchdog.seconds=2']
+  words = ['train', f'--config=tests/configs/tiny.py:{texts}/*.txt', f'--workdir={tmp_path}', '--config.watchdog.seconds=6']
   out = subprocess.run([sys.executable, '-c', STUCK, *words], capture_output=True, text=True, env=ENV, check=False, timeout=120)
   assert out.returncode == 12, out.stderr
   stacks = (tmp_path / 'stacks-0.txt').read_text()
   for text in (stacks, out.stderr):
     assert 'rows_of_a_source_that_is_stuck' in text and text.count('hread 0x') > 1  # of all threads
-  assert out.stderr.splitlines()[-1].startswith('jaxlm: no step for 2 seconds (watchdog.seconds)')
+  assert out.stderr.splitlines()[-1].startswith('jaxlm: no step for 6 seconds (watchdog.seconds)')
   assert 'step      3/' in out.stdout and 'step      5/' not in out.stdout
 
 
@@ -58,22 +58,26 @@ STUCK_IN = {  # what the main thread does, and the exit code
 @pytest.mark.parametrize('how', STUCK_IN)
 def test_stuck_in(how, tmp_path):
   body, code = STUCK_IN[how]
+  if code:
+    (tmp_path / 'stacks-3.txt').write_text('of an earlier run')
   start = time.monotonic()
-  out = subprocess.run([sys.executable, '-c', CHILD.format(how=body), str(tmp_path)], capture_output=True, text=True, check=False, timeout=60)
+  words = [sys.executable, '-c', CHILD.format(how=body), str(tmp_path)]
+  out = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
   assert out.returncode == code and time.monotonic() - start < 20, out.stderr
   assert ('went on' in out.stdout) == (code == 0)
   if code:
-    assert 'in stuck' in (tmp_path / 'stacks-3.txt').read_text()
+    stacks = (tmp_path / 'stacks-3.txt').read_text()
+    assert stacks.startswith('of an earlier run') and 'in stuck' in stacks
   else:
     assert not list(tmp_path.iterdir())
 
 
 def test_a_process_that_was_stopped_is_not_taken_for_one_that_hangs(tmp_path):
-  code = CHILD.format(how='time.sleep(0.5)')
+  code = CHILD.format(how='[time.sleep(0.1) for _ in range(6)]')
   with subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
     assert child.stdout.readline() == 'watched\n'
     child.send_signal(signal.SIGSTOP)
-    time.sleep(0.95)  # of the 1 s; it then sleeps on, beyond that
+    time.sleep(0.95)  # of the 1 s; what it does itself takes it beyond that
     child.send_signal(signal.SIGCONT)
     out, err = child.communicate(timeout=60)
   assert child.returncode == 0 and 'went on' in out, err
