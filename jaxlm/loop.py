@@ -9,7 +9,7 @@ import jax
 from jaxlm import evaluate, goodput, guard, hosts, metrics, replicas
 from jaxlm.checkpoint import Checkpoints, run_meta
 from jaxlm.data import mixture, pipeline as pipelines
-from jaxlm.errors import Preempted
+from jaxlm.errors import Preempted, StorageError
 from jaxlm.lease import Lease
 from jaxlm.metrics import say
 from jaxlm.schema import Config
@@ -88,9 +88,13 @@ class Loop:
       self.checkpoints.finish()
     self._mark('save')
     self._clock.write(done)
+    self._saved = max(self.checkpoints.found, default=0)
     if self._signals.received and self._saved < config.steps:
       raise Preempted(f'{self._signals.received}: saved step {self._saved} of {config.steps} in {self._workdir}; '
                       'the same command goes on from there')
+    if self._saved < done:  # checkpoint.when_full=skip
+      raise StorageError(f'trained to step {done}, and there was no room to save it; the newest checkpoint is {self._saved}. Free some, and '
+                         'run the same command again')
     say(f'trained to step {self._saved}; checkpoint saved in {self._workdir}')
 
   def _mark(self, kind: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxlm.errors import StorageError
 from jaxlm.schema import Config, ModelConfig, layer_kinds
 
 SUMS = ('loss', 'nll', 'tokens', 'load', 'right', 'pairs', 'pairs_nll', 'pairs_right', 'task_nll', 'task_tokens')
@@ -122,14 +123,15 @@ class Log:
 
   def write(self, step: int, values: dict) -> None:
     """A line of metrics.jsonl, TensorBoard scalars, and the console."""
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
-    self._file.flush()
-    if self._events is None:
-      from tensorboardX import SummaryWriter  # pylint: disable=g-import-not-at-top
-      self._events = SummaryWriter(str(self._workdir / 'tensorboard'), purge_step=step)
-    for name, value in values.items():
-      if name != 'data':
-        self._events.add_scalar(name, value, step)
+    try:
+      self._file.write(json.dumps({'step': step, **values}) + '\n')
+      self._file.flush()
+      if self._events is None:
+        from jaxlm.events import Events  # pylint: disable=g-import-not-at-top
+        self._events = Events(self._workdir / 'tensorboard', step)
+      self._events.add(step, {name: value for name, value in values.items() if name != 'data'})
+    except OSError as e:
+      raise StorageError(f'{self._workdir}: logs cannot be written ({e.strerror})') from e
     if 'loss' in values and self._progress:
       self._progress.update(self._task, completed=step, loss=f'{values["loss"]:.3f}',
                             speed=f'{values["tokens_per_second"]:,.0f}')
