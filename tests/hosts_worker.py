@@ -1,6 +1,8 @@
 """What test_hosts.py starts two of: WHAT --coordinator --processes --process. Prints JSON of what this process saw."""
 import json
+import pathlib
 import sys
+import tempfile
 
 from jaxlm import cluster
 
@@ -49,7 +51,13 @@ def another(process) -> None:
   hosts.meet('the first step')
 
 
-SCENES = {'together': together, 'another': another}
+def apart(process) -> None:
+  """Each has a workdir of its own."""
+  from jaxlm import train  # pylint: disable=g-import-not-at-top
+  train._prepare_workdir(pathlib.Path(tempfile.mkdtemp(prefix=f'workdir-{process}-')))
+
+
+SCENES = {'together': together, 'another': another, 'apart': apart}
 
 if __name__ == '__main__':
   main(sys.argv[1], *(word.partition('=')[2] for word in sys.argv[2:]))

@@ -130,6 +130,11 @@ def test_processes_of_different_configs_do_not_train():
   assert code == 2 and 'process 1: its config is not that of process 0' in err
 
 
+def test_a_workdir_that_is_not_shared_is_refused():
+  code, _, _, err = worker('apart')
+  assert code == 2 and 'process 1 does not see what process 0 wrote there' in err
+
+
 def test_who_waits_in_vain_for_the_others_says_so(texts, tmp_path):
   out = subprocess.run([sys.executable, '-m', 'jaxlm', *command(texts, tmp_path), '--coordinator=127.0.0.1:1', '--processes=2',
                         '--process=1', '--join_seconds=2'], env=env(4), capture_output=True, text=True, check=False)
