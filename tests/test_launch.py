@@ -93,6 +93,7 @@ def test_of_several_processes_the_first_error_ends_the_others(tmp_path):
 
 
 @pytest.mark.parametrize('words, message', [([], 'wants -- COMMAND'), (['--', 'true'], 'wants --workdir=DIR'),
+                                            (['--workdir=x', '--', 'no_such_program'], 'no such program'),
                                             (['--processes=0', '--workdir=x', '--', 'true'], 'wants 1 or more')])
 def test_usage_of_restart(words, message):
   out = subprocess.run([sys.executable, 'launch/restart.py', *words], capture_output=True, text=True, check=False)
