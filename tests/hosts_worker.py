@@ -27,7 +27,8 @@ def together(process) -> None:
   from jaxlm.data import pipeline
   from jaxlm.errors import UsageError
   from jaxlm.schema import MeshConfig
-  mesh, asked = layout.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
+  mesh_config, asked = MeshConfig(data=2, fsdp=2, tensor=2), []
+  mesh = layout.make_mesh(mesh_config)
 
   def rows(start, stop):
     asked.append([start, stop])
@@ -35,7 +36,12 @@ def together(process) -> None:
   with jax.set_mesh(mesh):
     batch = pipeline.place(rows, 16, mesh)
     doubled = jax.jit(lambda a: 2 * a)(batch['tokens'])
-    tell(asked=asked, whole=hosts.fetch(doubled).tolist(), sharded=not doubled.is_fully_addressable)
+    whole, sharded, first = hosts.fetch(doubled).tolist(), not doubled.is_fully_addressable, asked[:]
+  apart = layout.make_mesh(mesh_config, [jax.devices()[i] for i in (0, 1, 4, 5, 2, 3, 6, 7)])
+  with jax.set_mesh(apart):
+    asked.clear()
+    same = hosts.fetch(pipeline.place(rows, 16, apart)['tokens']).tolist() == rows(0, 16)['tokens'].tolist()
+  tell(asked=first, whole=whole, sharded=sharded, asked_apart=asked[:-1], same=same)
   hosts.same('thing', 'equal')
   metrics.say('the lead speaks')
 

@@ -121,8 +121,9 @@ def test_each_reads_its_own_rows_and_an_error_of_the_lead_is_everybodys():
   assert code == 2 and err.count('data source: wrong') == 1 and 'Traceback' not in err, err
   assert said.count('the lead speaks') == 1
   assert sorted(s['asked'] for s in seen) == [[[0, 8]], [[8, 16]]]
+  assert sorted(s['asked_apart'] for s in seen) == [[[0, 4], [8, 12]], [[4, 8], [12, 16]]], 'where its devices are not neighbours'
   whole = [[2 * (3 * row + k) for k in range(3)] for row in range(16)]
-  assert all(s['sharded'] and s['whole'] == whole for s in seen)
+  assert all(s['sharded'] and s['same'] and s['whole'] == whole for s in seen)
 
 
 def test_processes_of_different_configs_do_not_train():
