@@ -62,16 +62,7 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_bool('adapter', False, 'write only the pairs of low rank, as an adapter for peft', flag_values=f)
     flags.DEFINE_string('base', None, 'of an adapter: the name or folder of its base in transformers', flag_values=f)
   if command == 'train':
-    flags.DEFINE_string('coordinator', None, 'of a run of several processes: HOST:PORT where process 0 listens (default: as Slurm, a '
-                        'JobSet, Open MPI or the TPU VM says)', flag_values=f)
-    flags.DEFINE_integer('processes', None, 'how many there are', flag_values=f)
-    flags.DEFINE_integer('process', None, 'which of them this is, from 0', flag_values=f)
-    flags.DEFINE_integer('heartbeat_seconds', 60, 'a process that gives no sign for so long is dead, and the others end',
-                         lower_bound=1, flag_values=f)
-    flags.DEFINE_integer('join_seconds', 300, 'for all processes to join', lower_bound=1, flag_values=f)
-    flags.DEFINE_integer('lead_seconds', 7200, 'for what process 0 does while the others wait: data, a slower compilation',
-                         lower_bound=1, flag_values=f)
-  if command == 'train':
+    cluster.define(f)
     flags.DEFINE_multi_string('allow_change', [], 'a field of the config in which the checkpoint may differ; data: its tokens too', flag_values=f)
   if command == 'verify':
     flags.DEFINE_bool('arrays', True, 'read all arrays back, besides the checksums of files', flag_values=f)

@@ -16,6 +16,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 
+from absl import flags
+
 from jaxlm.errors import UsageError
 
 PORT = 8476
@@ -30,6 +32,19 @@ class Job:
   process: int | None = None
   method: str | None = None
   devices: tuple[int, ...] | None = None  # of this machine's, those of this process; None: all that it sees
+
+
+def define(f: flags.FlagValues) -> None:
+  """Flags of a command that several processes may run together."""
+  flags.DEFINE_string('coordinator', None, 'of a run of several processes: HOST:PORT where process 0 listens (default: as Slurm, a '
+                      'JobSet, Open MPI or the TPU VM says)', flag_values=f)
+  flags.DEFINE_integer('processes', None, 'how many there are', flag_values=f)
+  flags.DEFINE_integer('process', None, 'which of them this is, from 0', flag_values=f)
+  flags.DEFINE_integer('heartbeat_seconds', 60, 'a process that gives no sign for so long is dead, and the others end',
+                       lower_bound=1, flag_values=f)
+  flags.DEFINE_integer('join_seconds', 300, 'for all processes to join', lower_bound=1, flag_values=f)
+  flags.DEFINE_integer('lead_seconds', 7200, 'for what process 0 does while the others wait: data, a slower compilation',
+                       lower_bound=1, flag_values=f)
 
 
 def find(coordinator: str | None, processes: int | None, process: int | None, env: Mapping[str, str] = os.environ) -> Job | None:

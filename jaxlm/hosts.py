@@ -17,10 +17,12 @@ import functools
 import hashlib
 import ipaddress
 import os
+import pathlib
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 
 import jax
@@ -73,8 +75,9 @@ def joined(job: Job | None, waits: Waits = Waits()):
 
 
 def _join(job: Job, waits: Waits) -> None:
-  flags = os.environ.get('XLA_FLAGS', '')
-  os.environ['XLA_FLAGS'] = ' '.join([flags, *(f'{name}={n}' for name, n in PATIENCE.items() if name not in flags)]).strip()
+  if os.environ.get('JAX_PLATFORMS') == 'cpu' or 'JAX_NUM_CPU_DEVICES' in os.environ:
+    flags = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = ' '.join([flags, *(f'{name}={n}' for name, n in PATIENCE.items() if name not in flags)]).strip()
   bind = None
   if job.process == 0:
     bind = os.environ.get('JAX_COORDINATOR_BIND_ADDRESS') or own_address(job.coordinator)
@@ -213,6 +216,21 @@ def _turn(what: str) -> str:
   """A key for the n-th time that processes, all alike, come to `what`."""
   _turns[what] = _turns.get(what, 0) + 1
   return f'{what}/{_turns[what]}'
+
+
+def share(path: pathlib.Path) -> None:
+  """UsageError in a process that does not see `path`, which the lead has written."""
+  if alone():
+    return
+  meet('the workdir')
+  end = time.monotonic() + GRACE  # a network's file system may need a moment
+  while not path.exists() and time.monotonic() < end:
+    time.sleep(0.5)
+  seen = path.exists()
+  meet('the workdir, which all have seen')
+  if not seen:
+    raise UsageError(f'--workdir={path.parent}: process {process()} does not see what process 0 wrote there; name a folder on storage that '
+                     'all processes share')
 
 
 def _value(key: str, words: str) -> str:

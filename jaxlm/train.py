@@ -42,6 +42,7 @@ def _prepare_workdir(workdir: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f'.probe-{hosts.process()}'  # each process writes its own part of a checkpoint
     probe.write_bytes(b'0')
+    hosts.share(workdir / '.probe-0')
     probe.unlink()
   except OSError as e:
     raise StorageError(f'--workdir={workdir}: cannot be written ({e.strerror}); choose another') from e

@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -170,6 +171,8 @@ def main(argv: list[str]) -> int:
   args = parser.parse_args(own)  # exits with 2
   if not dashes or not command:
     parser.error('wants -- COMMAND')
+  if shutil.which(command[0]) is None:
+    parser.error(f'{command[0]}: no such program')
   if args.processes < 1:
     parser.error(f'--processes={args.processes}: wants 1 or more')
   workdir = args.workdir or next((w.partition('=')[2] for w in command if w.startswith('--workdir=')), None)

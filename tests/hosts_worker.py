@@ -1,6 +1,8 @@
 """What test_hosts.py starts two of: WHAT --coordinator --processes --process. Prints JSON of what this process saw."""
 import json
+import pathlib
 import sys
+import tempfile
 
 from jaxlm import cluster
 
@@ -25,7 +27,8 @@ def together(process) -> None:
   from jaxlm.data import pipeline
   from jaxlm.errors import UsageError
   from jaxlm.schema import MeshConfig
-  mesh, asked = layout.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), []
+  mesh_config, asked = MeshConfig(data=2, fsdp=2, tensor=2), []
+  mesh = layout.make_mesh(mesh_config)
 
   def rows(start, stop):
     asked.append([start, stop])
@@ -33,7 +36,12 @@ def together(process) -> None:
   with jax.set_mesh(mesh):
     batch = pipeline.place(rows, 16, mesh)
     doubled = jax.jit(lambda a: 2 * a)(batch['tokens'])
-    tell(asked=asked, whole=hosts.fetch(doubled).tolist(), sharded=not doubled.is_fully_addressable)
+    whole, sharded, first = hosts.fetch(doubled).tolist(), not doubled.is_fully_addressable, asked[:]
+  apart = layout.make_mesh(mesh_config, [jax.devices()[i] for i in (0, 1, 4, 5, 2, 3, 6, 7)])
+  with jax.set_mesh(apart):
+    asked.clear()
+    same = hosts.fetch(pipeline.place(rows, 16, apart)['tokens']).tolist() == rows(0, 16)['tokens'].tolist()
+  tell(asked=first, whole=whole, sharded=sharded, asked_apart=asked[:-1], same=same)
   hosts.same('thing', 'equal')
   metrics.say('the lead speaks')
 
@@ -49,7 +57,13 @@ def another(process) -> None:
   hosts.meet('the first step')
 
 
-SCENES = {'together': together, 'another': another}
+def apart(process) -> None:
+  """Each has a workdir of its own."""
+  from jaxlm import train  # pylint: disable=g-import-not-at-top
+  train._prepare_workdir(pathlib.Path(tempfile.mkdtemp(prefix=f'workdir-{process}-')))
+
+
+SCENES = {'together': together, 'another': another, 'apart': apart}
 
 if __name__ == '__main__':
   main(sys.argv[1], *(word.partition('=')[2] for word in sys.argv[2:]))

@@ -121,13 +121,19 @@ def test_each_reads_its_own_rows_and_an_error_of_the_lead_is_everybodys():
   assert code == 2 and err.count('data source: wrong') == 1 and 'Traceback' not in err, err
   assert said.count('the lead speaks') == 1
   assert sorted(s['asked'] for s in seen) == [[[0, 8]], [[8, 16]]]
+  assert sorted(s['asked_apart'] for s in seen) == [[[0, 4], [8, 12]], [[4, 8], [12, 16]]], 'where its devices are not neighbours'
   whole = [[2 * (3 * row + k) for k in range(3)] for row in range(16)]
-  assert all(s['sharded'] and s['whole'] == whole for s in seen)
+  assert all(s['sharded'] and s['same'] and s['whole'] == whole for s in seen)
 
 
 def test_processes_of_different_configs_do_not_train():
   code, _, _, err = worker('another')
   assert code == 2 and 'process 1: its config is not that of process 0' in err
+
+
+def test_a_workdir_that_is_not_shared_is_refused():
+  code, _, _, err = worker('apart')
+  assert code == 2 and 'process 1 does not see what process 0 wrote there' in err
 
 
 def test_who_waits_in_vain_for_the_others_says_so(texts, tmp_path):

@@ -73,7 +73,8 @@ def test_preempted_may_be_anothers_to_start_again(tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_goes_on_to_the_run_and_ends_it(tmp_path, number):
   command = 'trap "exit 10" TERM; touch $0/there; while true; do sleep 0.05; done'
-  with subprocess.Popen([sys.executable, 'launch/restart.py', f'--workdir={tmp_path}', '--', 'bash', '-c', command, str(tmp_path)]) as child:
+  words = [sys.executable, 'launch/restart.py', f'--workdir={tmp_path}', '--', 'bash', '-c', command, str(tmp_path)]
+  with subprocess.Popen(words) as child:
     while not (tmp_path / 'there').exists():
       time.sleep(0.02)
     child.send_signal(number)
@@ -92,6 +93,7 @@ def test_of_several_processes_the_first_error_ends_the_others(tmp_path):
 
 
 @pytest.mark.parametrize('words, message', [([], 'wants -- COMMAND'), (['--', 'true'], 'wants --workdir=DIR'),
+                                            (['--workdir=x', '--', 'no_such_program'], 'no such program'),
                                             (['--processes=0', '--workdir=x', '--', 'true'], 'wants 1 or more')])
 def test_usage_of_restart(words, message):
   out = subprocess.run([sys.executable, 'launch/restart.py', *words], capture_output=True, text=True, check=False)
@@ -225,7 +227,8 @@ def test_the_processes_of_a_jobset_find_each_other():
   (workers,) = jobset['spec']['replicatedJobs']
   container = workers['template']['spec']['template']['spec']['containers'][0]
   env = {e['name']: e['value'] for e in container['env'] if 'value' in e}
-  found = [cluster.find(None, None, None, {**env, 'JOBSET_JOB': str(j), 'JOB_COMPLETION_INDEX': str(i)}) for j in range(2) for i in range(4)]
+  places = [{'JOBSET_JOB': str(job), 'JOB_COMPLETION_INDEX': str(i)} for job in range(2) for i in range(4)]
+  found = [cluster.find(None, None, None, {**env, **place}) for place in places]
   assert [job.process for job in found] == list(range(8)) and {job.processes for job in found} == {8}
   assert {job.coordinator for job in found} == {f'llama-{workers["name"]}-0-0.llama:{container["ports"][0]["containerPort"]}'}
   subprocess.run(['bash', '-n', '-c', container['command'][-1]], check=True)
