@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import P
 
-from jaxlm import replicas, train as training
+from jaxlm import loop, replicas, train as training
 from jaxlm.checkpoint import steps
 from jaxlm.errors import ReplicaError
 from tests import common
@@ -65,17 +65,17 @@ def test_two_devices_that_are_wrong():
 
 
 def test_a_run_ends_before_it_saves_what_differs(texts, tmp_path, monkeypatch):
-  read, device = training._Loop.read, jax.devices()[5]
+  read, device = loop.Loop._read, jax.devices()[5]
 
   def read_and_flip(self):
-    if self.pending and self.pending[0] == 4:
+    if self._pending and self._pending[0] == 4:
       with jax.transfer_guard('allow'):
-        self.state['params']['embed'] = jax.tree.map(lambda a: flipped(a, device, 40), self.state['params']['embed'])
+        self._state['params']['embed'] = jax.tree.map(lambda a: flipped(a, device, 40), self._state['params']['embed'])
     read(self)
   c = run_config(texts, **{'mesh.data': 8, 'mesh.fsdp': 1, 'mesh.tensor': 1, 'guard.replicas_every': 3})
   training.train(c, tmp_path / 'good')
   assert steps(tmp_path / 'good') == [3, 6, 9, 12]
-  monkeypatch.setattr(training._Loop, 'read', read_and_flip)
+  monkeypatch.setattr(loop.Loop, '_read', read_and_flip)
   with pytest.raises(ReplicaError, match=rf'step 6: .* on .*{device}.* checkpoint 3'):
     training.train(c, tmp_path / 'bad')
   assert steps(tmp_path / 'bad') == [3]
