@@ -1,5 +1,6 @@
 """The training loop: it dispatches step n, prepares batch n + 1, and only then reads what step n − 1 said."""
 import dataclasses
+import hashlib
 import pathlib
 from typing import Callable, NamedTuple
 
@@ -41,6 +42,7 @@ class Loop:
   def _goes_on(self, begun: Begun) -> None:
     self.checkpoints, self._saved, self._state = begun.checkpoints, begun.step, begun.state
     self._guard.goes_on(begun.step, begun.meta)
+    self._data = begun.meta.get('data', '')  # of all batches until here: two runs with the same one have seen the same
     if begun.meta:  # the data goes on where it was, in examples, whatever the batch
       self._pipeline = dataclasses.replace(
           self._pipeline, skipped=begun.meta['examples'] - self._guard.position(begun.step) * self._config.batch)
@@ -107,12 +109,13 @@ class Loop:
       return
     step, sums = self._pending[0], hosts.fetch(self._pending[1])
     self._pending = None
+    self._data = hashlib.blake2b(self._data.encode() + sums.pop('batch').tobytes(), digest_size=8).hexdigest()
     self._mark('step')
     reason = self._guard.read(step, sums)
     if reason:
       self._log.skip(step, sums, reason)
     else:
-      self._log.add(step, sums)
+      self._log.add(step, sums, self._data)
 
   def _save(self, step: int) -> None:
     """Saves, once no update is being skipped."""
@@ -122,7 +125,7 @@ class Loop:
       return
     if self._lease:
       self._lease.check()
-    meta = {**run_meta(self._config, self._pipeline.cache, self._examples(step)), 'jumps': self._guard.jumps,
+    meta = {**run_meta(self._config, self._pipeline.cache, self._examples(step)), 'jumps': self._guard.jumps, 'data': self._data,
             'guard': guard.to_meta(self._state.get('guard'))}
     state = {name: a for name, a in self._state.items() if name != 'guard'}
     with self._log.paused():

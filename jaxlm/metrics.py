@@ -68,8 +68,10 @@ class Log:
       fresh.write_text(''.join(l + '\n' for l in lines), encoding='utf-8')
       os.replace(fresh, self._path)
 
-  def add(self, step: int, sums: dict) -> None:
-    """`sums` of step (counted from 1), on the host: sums and counts are added up, norms are the last step's."""
+  def add(self, step: int, sums: dict, data: str) -> None:
+    """`sums` of step (counted from 1), on the host: sums and counts are added up, norms are the last step's. data: a hash of all
+    batches until here."""
+    self._data = data
     for name, value in sums.items():
       adds = name in SUMS
       self._sums[name] = (self._sums.get(name, 0.) if adds else 0.) + np.asarray(value, np.float64)
@@ -115,7 +117,7 @@ class Log:
         'loss': float(sums['nll'] / max(tokens, 1)), 'objective': float(sums['loss'] / max(tokens, 1)),
         'tokens': step * c.batch * c.length, 'tokens_per_second': speed, 'step_seconds': seconds / sums['steps'],
         **({'model_flops_per_second': speed * self._flops} if c.model.kind == 'decoder' else {}), 'grad_norm': float(sums['grad_norm']),
-        'param_norm': float(sums['param_norm']), 'learning_rate': float(sums['learning_rate']), **more})
+        'param_norm': float(sums['param_norm']), 'learning_rate': float(sums['learning_rate']), 'data': self._data, **more})
     self._sums, self._since = {}, time.monotonic()
 
   def write(self, step: int, values: dict) -> None:
@@ -126,7 +128,8 @@ class Log:
       from tensorboardX import SummaryWriter  # pylint: disable=g-import-not-at-top
       self._events = SummaryWriter(str(self._workdir / 'tensorboard'), purge_step=step)
     for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+      if name != 'data':
+        self._events.add_scalar(name, value, step)
     if 'loss' in values and self._progress:
       self._progress.update(self._task, completed=step, loss=f'{values["loss"]:.3f}',
                             speed=f'{values["tokens_per_second"]:,.0f}')
@@ -154,7 +157,7 @@ class Log:
 class NoLog:
   """A Log of a process that is not the one to write it."""
 
-  def add(self, step: int, sums: dict) -> None:
+  def add(self, step: int, sums: dict, data: str) -> None:
     pass
 
   def skip(self, step: int, sums: dict, reason: str) -> None:
