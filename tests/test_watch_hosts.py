@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from jaxlm.checkpoint import Checkpoints
+from tests import matrix
 
 ENV = {**os.environ, 'JAX_NUM_CPU_DEVICES': '4', 'PYTHONPATH': '.'}
 
@@ -61,6 +62,7 @@ def test_the_device_of_another_process_is_named(texts, tmp_path):
   err = ''.join(err for *_, err in found)
   assert 'jaxlm: step 6: ' in err and 'of process 1 is not what its replicas hold' in err, err
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()) == ['3']
+  matrix.record('F15', 'a bit on a device of the other of 2 processes', 'both exit with 14, device and process are named', lost=3)
 
 
 def test_who_waits_for_one_that_is_stuck_ends_too(texts, tmp_path):
@@ -69,6 +71,7 @@ def test_who_waits_for_one_that_is_stuck_ends_too(texts, tmp_path):
   assert 12 in codes and set(codes) <= {12, 11, -6}, found  # -6: ended by the coordination service, as the other was gone
   stacks = [path.read_text() for path in sorted(tmp_path.glob('stacks-*.txt'))]
   assert any('rows_of_a_source_that_is_stuck' in text or 'in read' in text or 'fetch' in text for text in stacks)
+  matrix.record('F16', 'one of 2 processes is stuck in its data', 'both end, with stacks', lost=3)
 
 
 def test_a_second_run_of_two_is_refused_by_both(texts, tmp_path):
