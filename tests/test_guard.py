@@ -14,7 +14,7 @@ from jaxlm.checkpoint import Checkpoints, steps
 from jaxlm.data import pipeline
 from jaxlm.errors import CheckpointError, JaxlmError, Preempted
 from jaxlm.schema import GuardConfig
-from tests import common
+from tests import common, matrix
 from tests.test_checkpoint import damage, losses, metrics, run_config, state_of
 
 NAN, INF = 100, 200  # marks of these two
@@ -83,6 +83,7 @@ def test_an_update_that_is_not_finite_is_as_a_batch_that_was_never_there(texts, 
   assert steps(tmp_path / 'a') == [3, 6, 10, 12]  # 9 would have been a save within a streak
   assert found['step'] == 10
   common.assert_trees_equal(found, clean(data, texts, tmp_path / 'b', (4, 8), steps=10))
+  matrix.record('F14', f'the loss is {what} at a step', 'skipped, as a batch that was never there, bit for bit', lost=0)
 
 
 SPIKE = {'guard.spike': 20., 'guard.window': 8, 'steps': 16}
@@ -95,6 +96,7 @@ def test_a_spike_is_as_a_batch_that_was_never_there(texts, data, tmp_path):
   assert [m['step'] for m in skipped] == [11] and skipped[0]['skipped_loss'] > 20
   found = state_of(tmp_path / 'a', 16)
   common.assert_trees_equal(found, clean(data, texts, tmp_path / 'b', (10,), **{**SPIKE, 'steps': 15}))
+  matrix.record('F14', 'a loss times 10 at a step', 'skipped, as a batch that was never there, bit for bit', lost=0)
   data.poison, data.leave_out = {10: 10.}, ()
   training.train(guarded(texts, **{**SPIKE, 'guard.spike': 0.}), tmp_path / 'c')  # off: it is applied
   assert state_of(tmp_path / 'c', 16)['step'] == 16
@@ -141,6 +143,7 @@ def test_patience_ends_and_the_run_goes_back_and_jumps_over_the_data(texts, data
   lines = metrics(tmp_path / 'a')
   assert [m['step'] for m in lines if 'loss' in m] == list(range(1, 13))
   assert [(m['step'], m['jumped']) for m in lines if 'jumped' in m] == [(7, 4)]
+  matrix.record('F14', 'NaN at 3 steps in a row', 'back to the newest good checkpoint and over the data', lost=4)
   found = state_of(tmp_path / 'a', 12)
   common.assert_trees_equal(found, clean(data, texts, tmp_path / 'b', (6, 7, 8, 9)))
   assert losses(tmp_path / 'a') == losses(tmp_path / 'b')

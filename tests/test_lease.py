@@ -13,6 +13,7 @@ import pytest
 from jaxlm import lease, train as training
 from jaxlm.errors import UsageError
 from jaxlm.lease import Lease
+from tests import matrix
 from tests.test_checkpoint import run_config
 
 HOLD = '''
@@ -53,6 +54,7 @@ def test_a_second_job_is_refused_and_told_who_holds_it(holder, texts, tmp_path):
   assert e.value.code == 2 and '\n' not in str(e.value)
   assert not (tmp_path / 'config.json').exists() and not (tmp_path / 'data').exists()
   assert written(tmp_path)['pid'] == holder.pid
+  matrix.record('F20', 'a second job in the workdir', 'exit code 2, the holder is named', lost=0)
 
 
 def test_a_killed_holder_is_no_obstacle(holder, tmp_path):
@@ -131,6 +133,7 @@ def test_a_clock_that_is_set_changes_nothing(quick, tmp_path, monkeypatch):
       with pytest.raises(UsageError, match='in use'):
         with Lease(tmp_path):
           pass
+  matrix.record('F23', 'a clock that is set by 30 years, either way', 'the lease holds')
 
 
 def test_of_many_that_find_a_dead_holder_one_gets_it(holder, tmp_path):
@@ -151,4 +154,5 @@ def test_of_many_that_find_a_dead_holder_one_gets_it(holder, tmp_path):
   for thread in threads:
     thread.join()
   assert sorted(got) == ['held'] + ['refused'] * 15
+  matrix.record('F20', '16 find a dead holder at once', 'one gets the lease', 16)
   assert pathlib.Path(tmp_path / 'lease.json').exists()

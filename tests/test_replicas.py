@@ -7,7 +7,7 @@ from jax import P
 from jaxlm import loop, replicas, train as training
 from jaxlm.checkpoint import steps
 from jaxlm.errors import ReplicaError
-from tests import common
+from tests import common, matrix
 from tests.test_checkpoint import run_config
 
 
@@ -79,3 +79,4 @@ def test_a_run_ends_before_it_saves_what_differs(texts, tmp_path, monkeypatch):
   with pytest.raises(ReplicaError, match=rf'step 6: .* on .*{device}.* checkpoint 3'):
     training.train(c, tmp_path / 'bad')
   assert steps(tmp_path / 'bad') == [3]
+  matrix.record('F15', 'a bit of a parameter on 1 of 8 devices', 'exit code 14, the device is named', lost=3)
