@@ -10,7 +10,6 @@ copied to the hosts, and training goes on. 3. Files are written to a temporary f
 disk, read back and checked off. 5. It becomes visible by one rename. 6. At the next step the rename is brought to disk, and only
 then an older step is deleted. So a kill at any moment leaves only whole steps, and folders that the next start removes.
 """
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -24,7 +23,7 @@ from jaxlm import config as configs, digest, hosts, seal
 from jaxlm.errors import CheckpointError, StorageError, UsageError
 from jaxlm.optimizer import path_of
 from jaxlm.schema import CheckpointConfig, Config
-from jaxlm.storage import patiently
+from jaxlm.storage import is_full, patiently
 
 TEMPORARY = '.orbax-checkpoint-tmp'
 DELETED = '.deleted-'
@@ -171,8 +170,8 @@ class Checkpoints:
     step, self._saving = self._saving[0], None
     if hosts.lead():
       shutil.rmtree(self._temporary(step), ignore_errors=True)
-    text = f'checkpoint {step}: cannot be written ({_line(e)}); the newest whole one is {max(self.found, default="none")}'
-    if self._options.when_full == 'skip' and (getattr(e, 'errno', 0) == errno.ENOSPC or 'No space left' in str(e)):
+    text = f'checkpoint {step}: cannot be written ({"the disk is full" if is_full(e) else _line(e)}); the newest whole one is {max(self.found, default="none")}'
+    if self._options.when_full == 'skip' and is_full(e):
       self._say(f'{text}; not saved')
       return
     raise StorageError(text) from e
@@ -193,9 +192,13 @@ class Checkpoints:
         shutil.rmtree(gone)
 
   def close(self) -> None:
+    """To be called when all saves are waited for (`finish`), or when there is an error already."""
     self._reader.close()
     if self._writer:
-      self._writer.close()
+      try:
+        self._writer.close()
+      except (OSError, ValueError, seal.Damaged) as e:
+        self._say(f'checkpoint: cannot be written ({_line(e)})')
 
   def sealed(self, step: int) -> dict:
     """The seal of a step, all of whose files are as it says. Damaged; StorageError. Each of several processes reads its share."""

@@ -29,6 +29,7 @@
 """
 import dataclasses
 import json
+import logging as std_logging
 import os
 import pathlib
 import sys
@@ -373,6 +374,8 @@ def run(argv: list[str]) -> None:
 def main() -> None:
   """Runs the command line and exits with the code of errors.py."""
   logging.set_verbosity(logging.FATAL)  # what Orbax logs of an error is in the exception too
+  std_logging.getLogger('asyncio').setLevel(std_logging.CRITICAL)  # … and what its tasks say when nobody asks them any more
+  sys.unraisablehook = lambda e: None if str(e.exc_value) == 'Event loop is closed' else sys.__unraisablehook__(e)  # and tensorstore
   try:
     run(sys.argv[1:])
   except JaxlmError as e:

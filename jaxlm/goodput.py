@@ -12,7 +12,7 @@ import time
 
 import psutil
 
-from jaxlm.errors import StorageError
+from jaxlm.storage import Lines
 
 EVERY = 10.  # seconds between lines, at least; a crash loses that much of the account
 AGAIN = ('data', 'step')  # kinds that are lost when steps are run again
@@ -41,12 +41,7 @@ class Clock:
     """From here on a log is kept, of a run that goes on from `step`."""
     path = workdir / 'goodput.jsonl'
     self._start = 1 + max((line['start'] for line in read(path)), default=0)
-    try:
-      self._log = open(path, 'a', encoding='utf-8')
-      if path.stat().st_size and not path.read_bytes().endswith(b'\n'):
-        self._log.write('\n')  # a line that a kill cut short stays alone
-    except OSError as e:
-      raise StorageError(f'{path}: cannot be written ({e.strerror})') from e
+    self._log = Lines(path)
     self.write(step, begins=step)
 
   def write(self, step: int, **more) -> None:
@@ -54,8 +49,7 @@ class Clock:
     if self._log:
       self._wrote = time.monotonic()
       line = {'time': time.time(), 'start': self._start, 'step': step, **more, 'seconds': {k: round(s, 3) for k, s in self.seconds.items()}}
-      self._log.write(json.dumps(line) + '\n')
-      self._log.flush()
+      self._log.write(json.dumps(line))
 
   def tick(self, step: int) -> None:
     """A line, if the last one is some time ago."""

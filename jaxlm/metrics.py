@@ -10,8 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxlm.errors import StorageError
 from jaxlm.schema import Config, ModelConfig, layer_kinds
+from jaxlm.storage import Lines
 
 SUMS = ('loss', 'nll', 'tokens', 'load', 'right', 'pairs', 'pairs_nll', 'pairs_right', 'task_nll', 'task_tokens')
 # The others are the last step's.
@@ -51,7 +51,7 @@ class Log:
     self._flops = flops_per_token(config.model, params, config.length)
     self._path = workdir / 'metrics.jsonl'
     self._keep_until(start)
-    self._file = open(self._path, 'a', encoding='utf-8')
+    self._file = Lines(self._path, say)
     self._events, self._workdir = None, workdir
     self._sums, self._since = {}, time.monotonic()
     self._progress = self._task = None
@@ -94,7 +94,7 @@ class Log:
     """The run goes back to `step`, and its data over `jump` batches: lines after it are dropped, as after a resume."""
     self._file.close()
     self._keep_until(step)
-    self._file = open(self._path, 'a', encoding='utf-8')
+    self._file = Lines(self._path, say)
     if self._events:
       self._events.close()
     self._events, self._sums, self._since = None, {}, time.monotonic()
@@ -123,15 +123,11 @@ class Log:
 
   def write(self, step: int, values: dict) -> None:
     """A line of metrics.jsonl, TensorBoard scalars, and the console."""
-    try:
-      self._file.write(json.dumps({'step': step, **values}) + '\n')
-      self._file.flush()
-      if self._events is None:
-        from jaxlm.events import Events  # pylint: disable=g-import-not-at-top
-        self._events = Events(self._workdir / 'tensorboard', step)
-      self._events.add(step, {name: value for name, value in values.items() if name != 'data'})
-    except OSError as e:
-      raise StorageError(f'{self._workdir}: logs cannot be written ({e.strerror})') from e
+    self._file.write(json.dumps({'step': step, **values}))
+    if self._events is None:
+      from jaxlm.events import Events  # pylint: disable=g-import-not-at-top
+      self._events = Events(self._workdir / 'tensorboard', step, say)
+    self._events.add(step, {name: value for name, value in values.items() if name != 'data'})
     if 'loss' in values and self._progress:
       self._progress.update(self._task, completed=step, loss=f'{values["loss"]:.3f}',
                             speed=f'{values["tokens_per_second"]:,.0f}')

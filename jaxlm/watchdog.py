@@ -38,7 +38,7 @@ class Watchdog:
     if self._config.seconds:
       self._thread.join()
       self._file.close()
-      if not self._path.stat().st_size:
+      if self._path.exists() and not self._path.stat().st_size:  # the workdir may be gone
         self._path.unlink()
 
   def fed(self) -> None:

@@ -59,9 +59,9 @@ def test_a_disk_that_fills_up_ends_the_run_by_name_and_tears_nothing(texts, tmp_
   more = ('--config.model.V=4096',) if how == 'seen before' else ()  # a state that is large beside the rest of a step
   code, err, _, _ = on_disk('5m' if more else '1m', texts, tmp_path, *more, script=None if more else BLIND)
   assert code == 13, err
-  assert ('has room for' in err if more else 'No space left' in err) and err.count('\n') == 1
+  assert ('has room for' if more else 'cannot be written (the disk is full)') in err.splitlines()[-1]
   kept = all_good(tmp_path / 'left')
-  assert kept and kept[-1] < 200 and str(kept[-1] + 10) in err
+  assert kept and kept[-1] < 200 and f'checkpoint {kept[-1] + 10}: ' in err
   matrix.record('F8', how, 'exit code 13 at the save or a step later, older steps good', lost=10)
 
 
@@ -85,7 +85,7 @@ def test_a_workdir_that_vanishes(texts, tmp_path, monkeypatch):
 
   def gone(self, step, start, stop):
     if step == 4:
-      shutil.rmtree(tmp_path / 'run')
+      (tmp_path / 'run').rename(tmp_path / 'gone')
     return rows(self, step, start, stop)
   monkeypatch.setattr(pipeline.Pipeline, 'rows', gone)
   with pytest.raises(StorageError, match='run') as e:
@@ -114,7 +114,7 @@ def run(texts, tmp_path_factory):
 
 CHANGES = {'model.D': 64, 'model.F': 128, 'model.N': 2, 'model.dtype': 'bfloat16', 'model.H': 16, 'model.K': 16, 'model.rope.base': 500.,
            'model.V': 280, 'model.mlp': 'gelu', 'optimizer.b2': 0.9, 'optimizer.lr': 0.1, 'optimizer.name': 'muon', 'seed': 7,
-           'data.heldout': 0.3, 'batch': 16, 'length': 64}
+           'batch': 16, 'length': 64}
 
 
 def test_a_foreign_config_is_refused_by_its_first_field(texts, run):
@@ -131,7 +131,7 @@ def test_a_change_that_is_allowed_is_taken_and_one_of_shapes_is_refused_by_array
   changed = run_config(texts, **{'optimizer.schedule': 'constant', 'optimizer.lr': 0.001})
   training.train(changed, tmp_path / 'run', allow=('optimizer.lr',))
   assert steps(tmp_path / 'run') == [3, 6, 9, 12] and metrics(tmp_path / 'run')[-1]['learning_rate'] == pytest.approx(0.001)
-  with pytest.raises(UsageError, match=r'checkpoint 12: opt/.* is float32 \[.*32.*\], and here float32 \[.*64.*\]'):
+  with pytest.raises(UsageError, match=r'checkpoint 12: opt/.*/w is float32 \[3, 64, 32\], and here float32 \[3, 128, 32\]'):
     training.train(run_config(texts, steps=20, **{'optimizer.schedule': 'constant', 'optimizer.lr': 0.001, 'model.F': 128}), tmp_path / 'run',
                    allow=('model.F',))
   matrix.record('F11', '--allow_change', 'taken; of other shapes, refused by array')
@@ -154,7 +154,7 @@ def test_another_batch_goes_on_at_the_very_example(texts, run, tmp_path, monkeyp
   seen, at = read_by(monkeypatch), 48
   for batch, end in ((16, 9), (4, 12), (8, 15)):
     del seen[:]
-    changed = run_config(texts, steps=end, batch=batch, **{'optimizer.schedule': 'constant', 'mesh.fsdp': 2, 'eval_every': 0})
+    changed = run_config(texts, steps=end, batch=batch, **{'optimizer.schedule': 'constant', 'mesh.data': 2, 'mesh.fsdp': 2, 'eval_every': 0})
     training.train(changed, tmp_path / 'run', allow=('batch',))
     taken = [n for n in seen if n < at + 3 * batch]
     assert sorted(taken) == list(range(at, at + 3 * batch))
