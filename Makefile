@@ -1,12 +1,12 @@
 # make quickstart | test | parity | bench | smollm2 | minilm | ladder | translate | classify | pods | planner | scaling | recommend |
-# axes | launch-check | slurm. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
+# axes | launch-check | slurm | faults. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods planner scaling recommend axes launch-check slurm clean
+.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods planner scaling recommend axes launch-check slurm faults clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -100,6 +100,10 @@ $(VENV)/sky/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)/sky
 	$(VENV)/sky/bin/python -m pip install --quiet --disable-pip-version-check skypilot==0.14.1
 	touch $@
+
+# Every fault of the matrix, the slow ones too, half an hour: docs/faults.md. The cut network wants root.
+faults: $(VENV)/installed-test
+	$(BIN)/python benchmarks/faults.py
 
 # The launchers, and launch/skypilot.yaml by SkyPilot's own parser.
 launch-check: $(VENV)/installed-test $(VENV)/sky/installed

@@ -59,22 +59,21 @@ def write_sealed(folder: pathlib.Path, step: int, meta: dict, arrays: dict) -> N
 
 
 @jax.jit
-def _digests(arrays):
-  def one(a):
-    on_host = jax.typeof(a).memory_space == jax.memory.Space.Host
-    return digest.of_array(jax.device_put(a, jax.memory.Space.Device) if on_host else a)
-  return {path: one(a) for path, a in arrays.items()}
+def _digest(a):
+  on_host = jax.typeof(a).memory_space == jax.memory.Space.Host
+  return digest.of_array(jax.device_put(a, jax.memory.Space.Device) if on_host else a)
 
 
 def digests(tree) -> dict[str, tuple]:
   """path → (shape, dtype, digest on the device) of all arrays of a tree that are on devices."""
   arrays = {path_of(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree) if isinstance(a, jax.Array)}
-  return {path: (list(a.shape), str(a.dtype), of) for (path, a), of in zip(arrays.items(), _digests(arrays).values())}
+  return {path: (list(a.shape), str(a.dtype), _digest(a)) for path, a in arrays.items()}
 
 
 def _on_host(found: dict[str, tuple]) -> dict[str, list]:
   """digests, as the seal has them: the digest in hexadecimal."""
-  return {path: [shape, dtype, ''.join(f'{int(word):08x}' for word in jax.device_get(of))] for path, (shape, dtype, of) in found.items()}
+  found = jax.device_get(found)
+  return {path: [shape, dtype, ''.join(f'{word:08x}' for word in of.tolist())] for path, (shape, dtype, of) in found.items()}
 
 
 def hold(step: int, tree, recorded: dict) -> None:

@@ -51,8 +51,9 @@ def _words(a):
   return [raw.astype(jnp.uint32)] + ([(raw >> 32).astype(jnp.uint32)] if bits == 64 else [])
 
 
+@jax.jit
 def of_array(a) -> jax.Array:
-  """The digest of an array of any shape and sharding → uint32 [2], replicated. To be called under jit. TypeError for what is no
+  """The digest of an array of any shape and sharding → uint32 [2], replicated. TypeError for what is no
   array of numbers."""
   sharding = jax.typeof(a).sharding
   places = [jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis, out_sharding=None if sharding.mesh.empty else sharding)

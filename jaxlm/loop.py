@@ -113,7 +113,7 @@ class Loop:
       return
     step, sums = self._pending[0], hosts.fetch(self._pending[1])
     self._pending = None
-    self._data = hashlib.blake2b(self._data.encode() + sums.pop('batch').tobytes(), digest_size=8).hexdigest()
+    self._data = hashlib.blake2b(self._data.encode() + sums.pop('ids').tobytes(), digest_size=8).hexdigest()
     self._mark('step')
     reason = self._guard.read(step, sums)
     if reason:

@@ -82,6 +82,6 @@ def make_step(config: Config, tx, schedule):
     new['opt'] = optimizer.at_rest(config.optimizer, new['opt'])
     return new, {**sums, 'grad_norm': grad_norm, 'param_norm': optax.tree.norm(new['params']),
                  'learning_rate': schedule(state['step']), 'finite': finite.astype(jnp.float32),
-                 'applied': applied.astype(jnp.float32), 'batch': jnp.stack([digest.of_array(batch[name]) for name in sorted(batch)])}
+                 'applied': applied.astype(jnp.float32), 'ids': jnp.stack([digest.of_array(batch[name]) for name in ('tokens', 'inputs') if name in batch])}
 
   return train_step

@@ -2,6 +2,10 @@
 import json
 import os
 
+import pytest
+
+slow = pytest.mark.skipif('JAXLM_FAULTS' not in os.environ, reason='make faults')
+
 
 def record(fault: str, case: str, result: str, trials: int = 1, lost: int | None = None, detect: float | None = None,
            recover: float | None = None) -> None:

@@ -13,8 +13,8 @@ from hypothesis import given, settings, strategies as st
 
 from jaxlm.schema import DataConfig
 from jaxlm.data import examples, packing, pipeline, sources, tokenizer, windows
-from jaxlm.errors import UsageError
-from tests import common
+from jaxlm.errors import JaxlmError, UsageError
+from tests import common, matrix
 
 
 def make(texts, tmp_path, **changes):
@@ -159,6 +159,34 @@ def test_a_killed_build_leaves_no_cache_and_the_next_one_succeeds(tmp_path):
   (tmp_path / 't' / 'a.txt').write_text('some text ' * 100)
   make(tmp_path / 't', tmp_path, **{'data.heldout': 0.})
   assert not [p for p in tmp_path.iterdir() if 'tmp' in p.name]
+  matrix.record('F17', 'SIGKILL while the token cache is built', 'no cache; the next start builds it', lost=0)
+
+
+def test_a_data_worker_that_dies_is_an_error_and_leaves_nothing(texts, tmp_path, monkeypatch):
+  """The process that builds the cache, as the kernel kills it when memory is short."""
+  popen = subprocess.Popen
+
+  class Killed(popen):
+    def __init__(self, *args, **kwargs):
+      super().__init__(*args, **kwargs)
+      self.kill()
+  monkeypatch.setattr(packing.subprocess, 'Popen', Killed)
+  with pytest.raises(JaxlmError, match='data: the build ended with -9'):
+    make(texts, tmp_path)
+  monkeypatch.setattr(packing.subprocess, 'Popen', popen)
+  make(texts, tmp_path)
+  matrix.record('F17', 'the data worker dies', 'an error that says so; the next start builds the cache', lost=0)
+
+
+def test_shards_that_are_empty_are_no_documents(tmp_path):
+  for name, lines in (('a', ''), ('b', '{"text": "one"}\n'), ('c', '\n\n'), ('d', '{"text": "two"}\n')):
+    (tmp_path / f'{name}.jsonl').write_text(lines)
+  assert texts_of(f'jsonl:{tmp_path}/*.jsonl') == [('b.jsonl:1', 'one'), ('d.jsonl:1', 'two')]
+  for name in 'bd':
+    (tmp_path / f'{name}.jsonl').write_text('')
+  with pytest.raises(UsageError, match='no training document'):
+    make(tmp_path, tmp_path, **{'data.source': f'jsonl:{tmp_path}/*.jsonl', 'data.heldout': 0.})
+  matrix.record('F17', 'shards that are empty, some or all', 'read past; with nothing at all, an error that says so')
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(texts, tmp_path):
@@ -185,6 +213,7 @@ def test_jsonl_and_its_errors(tmp_path):
   path.write_text('{"text": "one"}\n{"text": \n')
   with pytest.raises(UsageError, match='a.jsonl:2: is not JSON'):
     texts_of(f'jsonl:{path}')
+  matrix.record('F17', 'a bad record', 'an error with its file and line, before training')
 
 
 def test_text_that_is_not_utf8_names_the_file(tmp_path):

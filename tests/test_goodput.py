@@ -6,6 +6,7 @@ import pytest
 from jaxlm import evaluate, goodput, train as training
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import pipeline
+from tests import matrix
 from tests.test_checkpoint import run_config
 
 STALL = 3.
@@ -26,6 +27,7 @@ def usual(texts, tmp_path_factory):
   return account(workdir)
 
 
+@matrix.slow
 @pytest.mark.parametrize('kind', WHERE)
 def test_a_stall_shows_where_it_was(kind, usual, texts, tmp_path, monkeypatch):
   training.train(run_config(texts, steps=6, eval_every=6, eval_windows=8), tmp_path)

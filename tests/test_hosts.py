@@ -13,6 +13,7 @@ import pytest
 
 from jaxlm import cluster, hosts
 from jaxlm.errors import UsageError
+from tests import matrix
 
 ENV = {**os.environ, 'PYTHON': sys.executable}
 STEPS = 24
@@ -71,14 +72,16 @@ def alone(texts, tmp_path_factory):
   return workdir
 
 
-def test_four_processes_are_one_run(texts, alone, tmp_path):
-  out = subprocess.run([*local(4), *command(texts, tmp_path)], env=env(2), capture_output=True, text=True, check=False)
+@pytest.mark.parametrize('count', [2, pytest.param(4, marks=matrix.slow)])
+def test_several_processes_are_one_run(texts, alone, tmp_path, count):
+  out = subprocess.run([*local(count), *command(texts, tmp_path)], env=env(8 // count), capture_output=True, text=True, check=False)
   assert out.returncode == 0, out.stderr[-3000:]
   assert_same_run(tmp_path, alone)
   assert out.stdout.count('trained to step 24') == out.stdout.count('starts at step 0') == 1
   assert json.loads((tmp_path / 'config.json').read_text()) == json.loads((alone / 'config.json').read_text())
 
 
+@matrix.slow
 def test_a_signal_to_one_stops_both_a_kill_ends_the_other_and_the_run_goes_on(texts, alone, tmp_path):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))

@@ -12,6 +12,8 @@ import time
 import pytest
 import yaml
 
+from tests import matrix
+
 LAUNCH = pathlib.Path('launch')
 # A run of the test: it says when it began, makes the checkpoint of its next number in $1 if there is one, and ends with it.
 FAKE = '''
@@ -49,6 +51,7 @@ def test_a_crash_loop_backs_off_and_ends_after_three_starts_without_progress(tmp
   assert (code, starts) == (4, 3) and 'killed by SIGKILL' in err
   assert '3 starts in a row made no progress (newest checkpoint: none), the last ended with 137' in err
   assert 0.7 < gaps[0] < 1.5 < gaps[1] < 3  # 0.8 and 1.6: doubled
+  matrix.record('F19', 'a crash loop', 'the wait doubles; after three starts without progress none, exit code 4', trials=starts)
 
 
 def test_progress_counts_anew(tmp_path):

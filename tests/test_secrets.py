@@ -20,6 +20,7 @@ def get_config(secret):
 '''
 
 
+@matrix.slow
 def test_no_secret_is_in_a_file_or_in_the_output(texts, tmp_path):
   (tmp_path / 'c.py').write_text(CONFIG.format(texts=f'{texts}/*.txt'))
   workdir, said = tmp_path / 'run', ''

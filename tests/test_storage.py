@@ -164,6 +164,7 @@ def test_another_batch_goes_on_at_the_very_example(texts, run, tmp_path, monkeyp
   matrix.record('F13', 'batch 8 → 16 → 4 → 8', 'the examples are those that follow, each once', trials=3)
 
 
+@matrix.slow
 def test_other_devices_see_the_same_data(texts, tmp_path):
   """8 → 4 → 1 devices: the hash of all data seen is the unbroken run's at each step, and so are, nearly, the losses."""
   c = {'optimizer.schedule': 'constant', 'length': 512, 'steps': 12}  # an epoch is 63 windows: it ends in step 8

@@ -10,6 +10,8 @@ import pytest
 from jaxlm.checkpoint import Checkpoints
 from tests import matrix
 
+pytestmark = matrix.slow
+
 ENV = {**os.environ, 'JAX_NUM_CPU_DEVICES': '4', 'PYTHONPATH': '.'}
 
 
