@@ -22,7 +22,7 @@ def environment(devices: int, **more) -> dict:
 
 def words(texts, workdir, *more) -> list[str]:
   return ['train', f'--config=tests/configs/tiny.py:{texts}/*.txt', f'--workdir={workdir}', f'--config.steps={STEPS}',
-          f'--config.save_every={SAVE_EVERY}', '--config.eval_every=12', '--config.mesh.fsdp=2', '--config.mesh.tensor=2', '--config.model.G=2',
+          f'--config.save_every={SAVE_EVERY}', '--config.eval_every=12', '--config.optimizer.schedule=constant', '--config.mesh.fsdp=2', '--config.mesh.tensor=2', '--config.model.G=2',
           f'--config.checkpoint.keep={KEEP}', *more]
 
 
@@ -85,6 +85,19 @@ def last_step(workdir) -> int:
 def digests(workdir, step: int) -> dict:
   """Of a good step, those of all arrays."""
   return seal.read(workdir / 'checkpoints' / str(step), step)['arrays']
+
+
+def good_steps(workdir) -> list[int]:
+  """Steps that are good, of those that are visible."""
+  checkpoints, found = Checkpoints(workdir, read_only=True), []
+  for step in checkpoints.found:
+    try:
+      checkpoints.sealed(step)
+      found.append(step)
+    except seal.Damaged:
+      continue
+  checkpoints.close()
+  return found
 
 
 def visible_and_good(workdir) -> list[int]:

@@ -2,7 +2,7 @@
 
     kill:train, transfer, write, seal, rename, restore    SIGKILL in this phase
     term:compile, save, eval                              SIGTERM in this phase, which goes on
-    stuck, slow                                           its data source stands still at step 5, or takes a second from there on
+    stuck, slow                                           its data source stands still at the sixth batch, or takes a second from there on
 """
 import os
 import signal
@@ -15,7 +15,7 @@ from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import pipeline
 
 WHAT, _, WHEN = os.environ.get('FAULT', '').partition(':')
-STEP = 5
+BATCH = 5
 
 
 def mine() -> bool:
@@ -47,14 +47,21 @@ def once(happens):
   return f
 
 
-def at_step(happens):
-  return lambda self, step, *rest: happens() if step == STEP else None
+def from_batch(happens):
+  """From the sixth batch on that this process makes."""
+  made = []
+
+  def f(*args):
+    made.append(1)
+    if len(made) > BATCH:
+      happens()
+  return f
 
 
 def arrange() -> None:
   if WHAT in ('kill', 'term'):
     if WHEN == 'train':
-      before(pipeline.Pipeline, 'rows', at_step(once(strike)))
+      before(pipeline.Pipeline, 'rows', from_batch(once(strike)))
     elif WHEN == 'transfer':
       import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
       before(ocp.AsyncCheckpointer, 'save', once(lambda *args: strike()))
@@ -68,9 +75,9 @@ def arrange() -> None:
     elif WHEN == 'eval':
       before(evaluate.HeldOut, 'run', once(lambda *args: strike()))
   elif WHAT == 'stuck':
-    before(pipeline.Pipeline, 'rows', at_step(lambda: threading.Event().wait()))
+    before(pipeline.Pipeline, 'rows', from_batch(threading.Event().wait))
   elif WHAT == 'slow':
-    before(pipeline.Pipeline, 'rows', lambda self, step, *rest: time.sleep(1.) if step >= STEP else None)
+    before(pipeline.Pipeline, 'rows', from_batch(lambda: time.sleep(1.)))
 
 
 if __name__ == '__main__':
