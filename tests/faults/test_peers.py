@@ -64,6 +64,10 @@ def test_a_peer_that_is_stopped(texts, tmp_path, seconds):
 NET = '''
 set -e
 ip netns add a$$; ip netns add b$$
+for n in 1 2; do  # gloo's own address is what the host's name means there
+  folder=/etc/netns/$(echo ab | cut -c$n)$$; mkdir -p $folder
+  printf "127.0.0.1 localhost\\n10.77.0.$n $(hostname)\\n" > $folder/hosts
+done
 ip link add va$$ netns a$$ type veth peer name vb$$ netns b$$
 ip -n a$$ addr add 10.77.0.1/24 dev va$$; ip -n b$$ addr add 10.77.0.2/24 dev vb$$
 ip -n a$$ link set va$$ up; ip -n b$$ link set vb$$ up; ip -n a$$ link set lo up; ip -n b$$ link set lo up
@@ -71,7 +75,7 @@ echo $$
 read cut
 ip -n b$$ link set vb$$ down
 read over
-ip netns del a$$; ip netns del b$$
+ip netns del a$$; ip netns del b$$; rm -r /etc/netns/[ab]$$
 '''
 
 
