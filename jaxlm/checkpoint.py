@@ -172,7 +172,11 @@ class Checkpoints:
     """A save did not succeed: StorageError, or with checkpoint.when_full=skip, if the disk is full, a line."""
     step, self._saving = self._saving[0], None
     if hosts.lead():
-      shutil.rmtree(self._temporary(step), ignore_errors=True)
+      for _ in range(20):  # other arrays of it may still be on their way to the disk
+        shutil.rmtree(self._temporary(step), ignore_errors=True)
+        time.sleep(.05)
+        if not self._temporary(step).exists():
+          break
     text = f'checkpoint {step}: cannot be written ({"the disk is full" if is_full(e) else _line(e)}); the newest whole one is {max(self.found, default="none")}'
     if self._options.when_full == 'skip' and is_full(e):
       self._say(f'{text}; not saved')
