@@ -131,7 +131,7 @@ class Checkpoints:
 
   def _has_room(self, step: int, state) -> bool:
     """Whether all of a state fits on the disk, before a byte of it is written."""
-    needed = sum(a.nbytes for a in jax.tree.leaves(state))
+    needed = int(1.05 * sum(a.nbytes for a in jax.tree.leaves(state))) + 2 ** 21  # with what Orbax says of them
     free = patiently(str(self._folder), lambda: shutil.disk_usage(self._folder).free, self._say)
     if needed <= free:
       return True

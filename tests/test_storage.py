@@ -57,7 +57,7 @@ def all_good(workdir):
 @pytest.mark.parametrize('how', ['seen before', 'met while saving'])
 def test_a_disk_that_fills_up_ends_the_run_by_name_and_tears_nothing(texts, tmp_path, how):
   more = ('--config.model.V=4096',) if how == 'seen before' else ()  # a state that is large beside the rest of a step
-  code, err, _, _ = on_disk('5m' if more else '1m', texts, tmp_path, *more, script=None if more else BLIND)
+  code, err, _, _ = on_disk('8m' if more else '1m', texts, tmp_path, *more, script=None if more else BLIND)
   assert code == 13, err
   assert ('has room for' if more else 'cannot be written (the disk is full)') in err.splitlines()[-1]
   kept = all_good(tmp_path / 'left')
