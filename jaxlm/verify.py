@@ -23,6 +23,7 @@ def run(workdir: pathlib.Path, arrays: bool = True, say=print) -> list[dict]:
   none. arrays: read them back, too."""
   if not steps(workdir):
     raise UsageError(f'--workdir={workdir}: has no checkpoints')
+  workdir = workdir.absolute()  # Orbax's metadata want it so
   checkpoints, out = Checkpoints(workdir, read_only=True, say=say), []
   for step in checkpoints.found:
     found = {'step': step, 'good': True, 'reason': ''}

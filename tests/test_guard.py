@@ -102,6 +102,7 @@ def test_a_spike_is_as_a_batch_that_was_never_there(texts, data, tmp_path):
   assert state_of(tmp_path / 'c', 16)['step'] == 16
 
 
+@matrix.slow
 @pytest.mark.parametrize('stops', [(9,), (10, 12)])
 def test_what_the_good_steps_were_like_is_restored_exactly(texts, data, tmp_path, stops):
   data.poison = {10: 10., 13: 10.}
@@ -149,6 +150,7 @@ def test_patience_ends_and_the_run_goes_back_and_jumps_over_the_data(texts, data
   assert losses(tmp_path / 'a') == losses(tmp_path / 'b')
 
 
+@matrix.slow
 def test_a_run_that_jumped_goes_on_where_the_unbroken_one_would(texts, data, tmp_path):
   data.poison = {7: np.nan, 8: np.nan, 9: np.nan, 14: np.nan}
   training.train(guarded(texts), tmp_path / 'a')
@@ -179,6 +181,7 @@ def test_when_going_back_does_not_help_the_error_names_the_step(texts, data, tmp
   assert data.read[-2:] == [15, 16]  # the batch that it says to look at was the last whose step was read
 
 
+@matrix.slow
 def test_where_it_goes_back_to_is_the_newest_that_is_good(texts, data, tmp_path, monkeypatch):
   data.poison = {7: np.nan, 8: np.nan, 9: np.nan}
   rows, bad = pipeline.Pipeline.rows, [6]
@@ -200,6 +203,7 @@ def test_where_it_goes_back_to_is_the_newest_that_is_good(texts, data, tmp_path,
     training.train(guarded(texts), tmp_path / 'a')
 
 
+@matrix.slow
 def test_a_signal_while_updates_are_skipped_saves_nothing(texts, data, tmp_path, monkeypatch):
   data.poison = {7: np.nan, 8: np.nan}
   rows = pipeline.Pipeline.rows

@@ -129,6 +129,7 @@ def test_each_reads_its_own_rows_and_an_error_of_the_lead_is_everybodys():
   assert all(s['sharded'] and s['same'] and s['whole'] == whole for s in seen)
 
 
+@matrix.slow
 def test_processes_of_different_configs_do_not_train():
   code, _, _, err = worker('another')
   assert code == 2 and 'process 1: its config is not that of process 0' in err

@@ -212,8 +212,10 @@ def test_newest_two_bad_and_all_bad(texts, run, copy, capsys):
   matrix.record('F7', 'all are bad', 'exit code 3, nothing touched')
 
 
-def test_verify_needs_no_model_and_names_what_is_bad(copy, tmp_path):
-  cli.run(['verify', f'--workdir={copy}', f'--json={tmp_path / "out.json"}'])
+def test_verify_needs_no_model_and_names_what_is_bad(copy, tmp_path, monkeypatch):
+  with monkeypatch.context() as here:
+    here.chdir(tmp_path)
+    cli.run(['verify', f'--workdir={copy.name}', f'--json={tmp_path / "out.json"}'])
   found = json.loads((tmp_path / 'out.json').read_text())['checkpoints']
   assert [f['step'] for f in found] == [3, 6, 9, 12] and all(f['good'] and f['examples'] == 8 * f['step'] for f in found)
   zeros(copy / 'checkpoints' / '9')

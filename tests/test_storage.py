@@ -65,6 +65,7 @@ def test_a_disk_that_fills_up_ends_the_run_by_name_and_tears_nothing(texts, tmp_
   matrix.record('F8', how, 'exit code 13 at the save or a step later, older steps good', lost=10)
 
 
+@matrix.slow
 def test_a_run_may_go_on_unsaved(texts, tmp_path):
   code, err, out, _ = on_disk('1m', texts, tmp_path, '--config.checkpoint.when_full=skip', script=BLIND)
   assert code == 13 and 'trained to step 200, and there was no room to save it' in err, err

@@ -29,6 +29,7 @@ cli.main()
 '''
 
 
+@matrix.slow
 def test_a_data_source_that_is_stuck(texts, tmp_path):
   words = ['train', f'--config=tests/configs/tiny.py:{texts}/*.txt', f'--workdir={tmp_path}', '--config.watchdog.seconds=6']
   out = subprocess.run([sys.executable, '-c', STUCK, *words], capture_output=True, text=True, env=ENV, check=False, timeout=120)
