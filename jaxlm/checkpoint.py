@@ -59,19 +59,20 @@ def write_sealed(folder: pathlib.Path, step: int, meta: dict, arrays: dict) -> N
 
 
 @jax.jit
-def _digests(arrays):
-  """One program for all: of several that sum over processes, CPU devices may begin another one first."""
-  def one(a):
-    on_host = jax.typeof(a).memory_space == jax.memory.Space.Host
-    return digest.of_array(jax.device_put(a, jax.memory.Space.Device) if on_host else a)
-  return {path: one(a) for path, a in arrays.items()}
+def _digest(a):
+  on_host = jax.typeof(a).memory_space == jax.memory.Space.Host
+  return digest.of_array(jax.device_put(a, jax.memory.Space.Device) if on_host else a)
 
 
 def digests(tree) -> dict[str, tuple]:
   """path → (shape, dtype, digest on the device) of all arrays of a tree that are on devices."""
-  arrays = {path_of(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree) if isinstance(a, jax.Array)}
-  found = _digests(arrays)
-  return {path: (list(a.shape), str(a.dtype), found[path]) for path, a in arrays.items()}
+  out = {}
+  for path, a in jax.tree_util.tree_leaves_with_path(tree):
+    if isinstance(a, jax.Array):
+      out[path_of(path)] = list(a.shape), str(a.dtype), _digest(a)
+      if jax.default_backend() == 'cpu':  # which begins programs in no order: over processes, two would wait for each other
+        jax.block_until_ready(out[path_of(path)][2])
+  return out
 
 
 def _on_host(found: dict[str, tuple]) -> dict[str, list]:
