@@ -23,7 +23,7 @@ from jaxlm import config as configs, digest, hosts, seal
 from jaxlm.errors import CheckpointError, StorageError, UsageError
 from jaxlm.optimizer import path_of
 from jaxlm.schema import CheckpointConfig, Config
-from jaxlm.storage import is_full, patiently
+from jaxlm.storage import is_full, patiently, sync
 
 TEMPORARY = '.orbax-checkpoint-tmp'
 DELETED = '.deleted-'
@@ -193,7 +193,7 @@ class Checkpoints:
     kept = {*self.found[-c.keep:], self._restored, *(s for s in self.found if c.keep_every and s % c.keep_every == 0)}
     old, self.found = [s for s in self.found if s not in kept], [s for s in self.found if s in kept]
     if hosts.lead():
-      seal.sync_folder(self._folder)
+      sync(self._folder)
       for s in old:
         gone = self._folder / f'{DELETED}{s}'
         (self._folder / str(s)).rename(gone)

@@ -141,6 +141,7 @@ def _parse(command: str, argv: list[str]):
 def _train(f, overrides):
   job = cluster.find(f.coordinator, f.processes, f.process)
   config = configs.load(f.config, overrides)
+  configs.check_fields(f.allow_change, config)
   if config.model.kind != 'ngram':  # which runs no XLA, and gives its memory back level by level
     restart_with_kept_memory(approximate_params(config.model))
   with Signals():  # so that a signal while jax is imported is no traceback either

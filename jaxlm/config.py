@@ -217,6 +217,13 @@ def summary(config: Config) -> str:
   return '\n'.join(f'  {section:<10} {" ".join(parts)}' for section, parts in rows.items())
 
 
+def check_fields(names: typing.Sequence[str], config: Config) -> None:
+  """UsageError for a name of --allow_change that is no field of the config, nor `data`."""
+  for name in names:
+    if name != 'data' and name not in flatten(config):
+      raise UsageError(f'--allow_change={name}: the config has no such field{nearest(name)}')
+
+
 def refuse_other_model(saved: Config, config: Config, allow: tuple[str, ...] = ()) -> None:
   """refuse_change for imported parameters: the run around them, and how the model trains, is new."""
   old, new = flatten(saved), flatten(config)

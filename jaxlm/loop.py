@@ -37,7 +37,7 @@ class Loop:
     self._guard = guard.Guard(config)
     self._goes_on(begun)
     self._pending = None  # (step, its sums), still on the device
-    self._due = False     # a save that waits for updates to be applied again, or for room
+    self._due = False     # a save that waits for updates to be applied again
 
   def _goes_on(self, begun: Begun) -> None:
     self.checkpoints, self._saved, self._state = begun.checkpoints, begun.step, begun.state

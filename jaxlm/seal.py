@@ -16,6 +16,7 @@ import pathlib
 
 import xxhash
 
+from jaxlm import storage
 from jaxlm.errors import CheckpointError
 
 FORMAT = 1
@@ -41,7 +42,7 @@ def write(folder: pathlib.Path, said: dict) -> None:
     file.flush()
     os.fsync(file.fileno())
   for inner in {folder, *((folder / name).parent for name in names)}:
-    sync_folder(inner)
+    storage.sync(inner)
 
 
 def read(folder: pathlib.Path, step: int) -> dict:
@@ -49,6 +50,9 @@ def read(folder: pathlib.Path, step: int) -> dict:
   record = read_json(folder, NAME)
   if not isinstance(record, dict) or record.get('seal') != _of_record(record):
     raise Damaged(f'{NAME} is damaged: its own checksum is another')
+  missing = {'format', 'step', 'files', 'arrays', 'examples'} - set(record)
+  if missing:
+    raise Damaged(f'{NAME} does not say {min(missing)}')
   if record['format'] != FORMAT:
     raise Damaged(f'{NAME} has format {record["format"]}; this version reads {FORMAT}')
   if record['step'] != step:
@@ -85,15 +89,6 @@ def read_json(folder: pathlib.Path, name: str):
     raise Damaged(f'{name} is missing') from e
   except (ValueError, RecursionError) as e:
     raise Damaged(f'{name} is damaged: it is no JSON') from e
-
-
-def sync_folder(folder: pathlib.Path) -> None:
-  """Names that were made or moved in a folder survive a loss of power."""
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
 
 
 def _names(folder: pathlib.Path) -> list[str]:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jaxlm import config as configs
+from jaxlm import cli, config as configs
 from jaxlm.errors import UsageError
 
 FILE = 'configs/quickstart.py'
@@ -153,3 +153,8 @@ def test_an_at_sign_in_a_folder_is_no_topology(tmp_path):
   assert configs.load(str(folder / 'config.json')) == configs.load(str(folder / 'c.py')) == configs.load(FILE)
   with pytest.raises(UsageError, match='@v5e:16x16: nothing is recommended for it; there is nothing for this config'):
     configs.load(f'{folder}/c.py@v5e:16x16')
+
+
+def test_a_field_that_may_change_must_be_one():
+  with pytest.raises(UsageError, match=r'--allow_change=optimizer.lrr: the config has no such field; did you mean optimizer.lr'):
+    cli.run(['train', f'--config={FILE}', '--workdir=/nowhere', '--allow_change=optimizer.lrr'])

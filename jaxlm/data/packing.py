@@ -26,6 +26,7 @@ import numpy as np
 from jaxlm.schema import DataConfig
 from jaxlm.data import forms, sources, tokenizer as tokenizers
 from jaxlm.errors import JaxlmError, StorageError, UsageError
+from jaxlm.storage import sync
 
 SPLITS = ('train', 'heldout')
 PART_TOKENS = 2 ** 28
@@ -136,10 +137,10 @@ def whole(cache: pathlib.Path):
     folder.mkdir(parents=True)
     yield folder
     for path in folder.iterdir():
-      _fsync(path)
-    _fsync(folder)
+      sync(path)
+    sync(folder)
     folder.rename(cache)
-    _fsync(cache.parent)
+    sync(cache.parent)
   except OSError as e:
     raise StorageError(f'data cache {cache}: cannot be written ({e.strerror or e}); free it or set '
                        '--config.data.cache') from e
@@ -207,14 +208,6 @@ def _alive(pid: int) -> bool:
   except PermissionError:
     return True
   return True
-
-
-def _fsync(path: pathlib.Path) -> None:
-  fd = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(fd)
-  finally:
-    os.close(fd)
 
 
 def _write_split(data: DataConfig, split: str, tokenizer, folder: pathlib.Path, say) -> dict:

@@ -10,7 +10,7 @@ import pathlib
 import re
 import shutil
 
-from jaxlm import checkpoint, config as configs, report, seal
+from jaxlm import checkpoint, config as configs, report
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.interop import convert
@@ -18,6 +18,7 @@ from jaxlm.interop.gguf import GgufFile
 from jaxlm.interop.huggingface import Folder
 from jaxlm.interop.mapping import STACK
 from jaxlm.schema import Config
+from jaxlm.storage import sync
 
 CHUNK = 4 * 2 ** 20  # elements of a zarr chunk: what is written at a time
 LENGTH = 2048        # of imported models: what eval takes for its context, if the model reaches that far
@@ -132,7 +133,7 @@ def write_run(workdir: pathlib.Path, config: Config, tokenizer: str, imported: d
     (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
     (workdir / 'checkpoints').mkdir(exist_ok=True)
     step.rename(workdir / 'checkpoints' / '0')
-    seal.sync_folder(workdir / 'checkpoints')
+    sync(workdir / 'checkpoints')
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
