@@ -3,6 +3,7 @@
     workdir/checkpoints/STEP/state      params, optimizer state, step: one canonical layout (layers stacked), on any mesh; by Orbax
     workdir/checkpoints/STEP/run.json   config, examples consumed, hash of the data, tokenizer, versions
     workdir/checkpoints/STEP/seal.json  checksums of all files, digests of all arrays (seal.py)
+    workdir/checkpoints/.newest         the step that became visible last: a listing that lacks it is stale
     workdir/quarantine/STEP-…           a step whose bytes are not those that were sealed, kept for a person to look at
 
 A save, in order: 1. the digests of all arrays are computed on the devices, from the very buffers that are saved. 2. The state is
@@ -10,6 +11,7 @@ copied to the hosts, and training goes on. 3. Files are written to a temporary f
 disk, read back and checked off. 5. It becomes visible by one rename. 6. At the next step the rename is brought to disk, and only
 then an older step is deleted. So a kill at any moment leaves only whole steps, and folders that the next start removes.
 """
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -27,6 +29,7 @@ from jaxlm.storage import is_full, patiently, sync
 
 TEMPORARY = '.orbax-checkpoint-tmp'
 DELETED = '.deleted-'
+NEWEST = '.newest'
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
@@ -96,6 +99,7 @@ class Checkpoints:
     import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
     self._ocp, self._options, self._read_only, self._say = ocp, options, read_only, say
     self.workdir, self._folder = workdir, (workdir / 'checkpoints').absolute()
+    self._newest = self._folder / NEWEST
     self._good: dict[int, dict] = {}  # step → its seal, where all files are as it says
     self._restored = None    # the step whose arrays came back as they were
     self._saving = None      # (step, meta, digests), of a save that is under way
@@ -106,7 +110,8 @@ class Checkpoints:
           post_finalization_callback=self._finish_files, timeout_secs=options.timeout),
           checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False))  # which it would write after the seal
       hosts.lead_first('checkpoints', self._tidy)
-    self.found = patiently(str(self._folder), lambda: steps(workdir), say)
+    listed = hosts.lead_first('steps', lambda: self._list() if hosts.lead() else [])
+    self.found = json.loads(hosts.everyone('steps', json.dumps(listed))[0])
 
   def _tidy(self) -> None:
     """Removes what a kill left of a save or of a deletion."""
@@ -115,6 +120,28 @@ class Checkpoints:
       for path in self._folder.iterdir():
         if TEMPORARY in path.name or path.name.startswith(DELETED):
           shutil.rmtree(path)
+
+  def _list(self) -> list[int]:
+    """`steps`, from storage whose listings may be stale. CheckpointError if steps were saved there, and none is left."""
+    look = lambda: (steps(self.workdir), self._newest.read_text(encoding='ascii') if self._newest.exists() else '')
+    found, text = patiently(str(self._folder), look, self._say)
+    last = int(text) if text.isdecimal() else None  # a write that was torn says nothing
+    if last is None or last <= max(found, default=-1):
+      return found
+
+    def again():
+      found = steps(self.workdir)
+      if last not in found and not (self._folder / str(last)).exists():
+        raise FileNotFoundError(f'step {last}, which was saved last, is not listed')
+      return sorted({*found, last})
+    try:
+      return patiently(str(self._folder), again, self._say)
+    except StorageError as e:
+      if not found:
+        raise CheckpointError(f'{self._folder}: step {last} was saved there, and no step is left; restore one from a copy, or remove '
+                              f'{self._newest} to begin anew') from e
+      self._say(f'{self._folder}: step {last}, which was saved last, is not there; the newest is {found[-1]}')
+      return found
 
   def save(self, step: int, state, meta: dict) -> bool:
     """Starts a save; returns once the state is copied to the host. False if there is no room, and checkpoint.when_full=skip.
@@ -178,7 +205,8 @@ class Checkpoints:
         time.sleep(.05)
         if not self._temporary(step).exists():
           break
-    text = f'checkpoint {step}: cannot be written ({"the disk is full" if is_full(e) else _line(e)}); the newest whole one is {max(self.found, default="none")}'
+    why = 'the disk is full' if is_full(e) else _line(e)
+    text = f'checkpoint {step}: cannot be written ({why}); the newest whole one in {self._folder} is {max(self.found, default="none")}'
     if self._options.when_full == 'skip' and is_full(e):
       self._say(f'{text}; not saved')
       return
@@ -194,10 +222,15 @@ class Checkpoints:
     old, self.found = [s for s in self.found if s not in kept], [s for s in self.found if s in kept]
     if hosts.lead():
       sync(self._folder)
+      self._note_newest()
       for s in old:
         gone = self._folder / f'{DELETED}{s}'
         (self._folder / str(s)).rename(gone)
         shutil.rmtree(gone)
+
+  def _note_newest(self) -> None:
+    with contextlib.suppress(OSError):  # of a full disk the checkpoints themselves have to say
+      self._newest.write_text(str(self.found[-1]), encoding='ascii')
 
   def close(self) -> None:
     """To be called when all saves are waited for (`finish`), or when there is an error already."""
@@ -214,6 +247,8 @@ class Checkpoints:
       folder, reason, record = self._folder / str(step), '', {}
 
       def look():
+        if not folder.exists():
+          raise seal.Damaged('it was listed, and is not there')
         record = seal.read(folder, step)
         seal.check(folder, record, hosts.process(), hosts.count())
         return record
@@ -282,13 +317,14 @@ class Checkpoints:
     self.found = [step for step in self.found if step not in bad]
     if not hosts.lead():
       return
-    for step in bad:
+    for step in filter(lambda step: (self._folder / str(step)).exists(), bad):
       target = self.workdir / 'quarantine' / f'{step}-{int(time.time())}'
       target.parent.mkdir(exist_ok=True)
       while target.exists():
         target = target.with_name(f'{target.name}-again')
       shutil.move(self._folder / str(step), target)
       self._say(f'checkpoint {step} was moved to {target}')
+    self._note_newest()
 
 
 def _bad(step: int, reason: str) -> seal.Damaged:

@@ -146,7 +146,7 @@ def _train(f, overrides):
     restart_with_kept_memory(approximate_params(config.model))
   with Signals():  # so that a signal while jax is imported is no traceback either
     from jaxlm import hosts, train  # pylint: disable=g-import-not-at-top  # jax is imported once the config is good
-    with hosts.joined(job, hosts.Waits(f.heartbeat_seconds, f.join_seconds, f.lead_seconds)):
+    with hosts.joined(job, hosts.Waits(f.heartbeat_seconds, f.join_seconds, f.lead_seconds), f.elastic):
       train.train(config, pathlib.Path(f.workdir), tuple(f.allow_change))
 
 

@@ -45,6 +45,8 @@ def define(f: flags.FlagValues) -> None:
   flags.DEFINE_integer('join_seconds', 300, 'for all processes to join', lower_bound=1, flag_values=f)
   flags.DEFINE_integer('lead_seconds', 7200, 'for what process 0 does while the others wait: data, a slower compilation',
                        lower_bound=1, flag_values=f)
+  flags.DEFINE_boolean('elastic', False, 'experimental: of a run of several processes that loses one (not process 0), the others go on '
+                       'without it, on a smaller mesh, from the newest checkpoint', flag_values=f)
 
 
 def find(coordinator: str | None, processes: int | None, process: int | None, env: Mapping[str, str] = os.environ) -> Job | None:

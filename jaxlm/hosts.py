@@ -6,7 +6,7 @@
 3. All must mean the same run: `same` compares what each has.
 4. SIGTERM to any one of them is seen by all, at the same step (`preempted`).
 5. A process that dies ends the others: the coordination service aborts them (SIGABRT) within --heartbeat_seconds, or a collective
-   fails, which is PeerLost.
+   fails, which is PeerLost. With --elastic they go on without it (elastic.py).
 6. Who ends with an error waits for the others for a moment (they may have met the same one), not until they are done.
 
 A process that is alone passes through all of this untouched.
@@ -29,7 +29,7 @@ import jax
 from jax._src import clusters, distributed
 from jax.sharding import NamedSharding
 
-from jaxlm import metrics
+from jaxlm import elastic, metrics
 from jaxlm.cluster import Job
 from jaxlm.errors import BY_CODE, JaxlmError, PeerLost, UsageError
 
@@ -48,19 +48,23 @@ class Waits:
 
 
 _waits = Waits()
+_watch: elastic.Watch | None = None
 _turns: dict[str, int] = {}
 
 
 @contextlib.contextmanager
-def joined(job: Job | None, waits: Waits = Waits()):
-  """Within, this process is one of the job's. It does not return from an error: the process ends with its exit code."""
+def joined(job: Job | None, waits: Waits = Waits(), survive: bool = False):
+  """Within, this process is one of the job's. It does not return from an error: the process ends with its exit code, or if it
+  may survive the loss of another, begins anew (elastic.py)."""
   if job is None:
     yield
     return
-  global _waits
+  global _waits, _watch
   _waits = waits
   job = _asked(job, waits)
-  _join(job, waits)
+  _join(job, waits, survive)
+  if survive:
+    _watch = elastic.Watch(job, waits.heartbeat)
   if job.process:
     metrics.console.quiet = True
   try:
@@ -71,10 +75,15 @@ def joined(job: Job | None, waits: Waits = Waits()):
     if isinstance(e, jax.errors.JaxRuntimeError) and any(word in str(e).lower() for word in LOST):
       _leave(PeerLost.code, f'jaxlm: process {job.process} of {job.processes}: a peer is lost: {_line(e)}')
     _leave(1, f'jaxlm: process {job.process} of {job.processes}:\n{traceback.format_exc()}')
+  if _watch:  # recoverable processes do not wait for each other as they leave
+    _watch.end()
   jax.distributed.shutdown()
 
 
-def _join(job: Job, waits: Waits) -> None:
+def _join(job: Job, waits: Waits, survive: bool) -> None:
+  if survive:
+    jax.config.update('jax_enable_recoverability', True)
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_nccl_terminate_on_error=false'.strip()
   if os.environ.get('JAX_PLATFORMS') == 'cpu' or 'JAX_NUM_CPU_DEVICES' in os.environ:
     flags = os.environ.get('XLA_FLAGS', '')
     os.environ['XLA_FLAGS'] = ' '.join([flags, *(f'{name}={n}' for name, n in PATIENCE.items() if name not in flags)]).strip()
@@ -271,6 +280,10 @@ def _gather(mesh):
 
 def _leave(code: int, text: str) -> None:
   """Ends this process with `code`; what all have to say, the lead says alone."""
+  if _watch:
+    if code == PeerLost.code:
+      _watch.verdict()
+    _watch.over()
   sys.stdout.flush()
   if lead():
     print(text, file=sys.stderr, flush=True)
@@ -285,6 +298,8 @@ def _leave(code: int, text: str) -> None:
   if not lead() and said != text:
     print(text, file=sys.stderr, flush=True)
   if said is not None:
+    if _watch and lead():
+      _watch.last()
     jax.distributed.shutdown()
   os._exit(code)
 

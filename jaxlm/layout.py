@@ -110,6 +110,15 @@ def run_mesh(config: Config, devices=None) -> Mesh:
   return mesh
 
 
+def fits(config: Config, devices: int) -> bool:
+  """Whether so many devices can make a mesh for a run."""
+  try:
+    check_mesh(config, filled(config.mesh, devices))
+    return True
+  except UsageError:
+    return False
+
+
 def named(tree, mesh: Mesh):
   """Abstract arrays with the shardings that eval_shape found, bound to real devices (Orbax and AOT want that)."""
   def bind(a):

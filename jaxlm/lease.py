@@ -20,6 +20,7 @@ import uuid
 
 import psutil
 
+from jaxlm import elastic
 from jaxlm.errors import StorageError, UsageError
 
 REFRESH = 10.  # seconds between two signs of life
@@ -110,6 +111,8 @@ class Lease:
       holder, began, who = {}, None, 'a job that has not said whose it is'
     mend = 'stop it, or use another --workdir'
     if all(holder.get(key) == value for key, value in _place().items()):
+      if holder['pid'] == os.getpid() and elastic.SURVIVOR in os.environ:
+        return  # this very process, before it began anew
       if began == _began(holder['pid']):
         raise UsageError(f'--workdir={self._workdir}: is in use by {who}; {mend}')
       return

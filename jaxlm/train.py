@@ -12,7 +12,7 @@ import pathlib
 
 import jax
 
-from jaxlm import config as configs, count, goodput, guard, hosts, layout, metrics, report, start, xla
+from jaxlm import config as configs, count, elastic, goodput, guard, hosts, layout, metrics, report, start, xla
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.data import mixture, pipeline as pipelines
 from jaxlm.errors import StorageError, UsageError
@@ -64,6 +64,7 @@ def train(config: Config, workdir: pathlib.Path, allow: tuple[str, ...] = ()) ->
     hosts.same('config', configs.to_json(config))
     say(f'{workdir}: {config.steps} steps of {config.batch} × {config.length} tokens\n{configs.summary(config)}')
     mesh = layout.run_mesh(config)
+    elastic.fits(lambda processes: layout.fits(config, processes * jax.local_device_count()))
     with jax.set_mesh(mesh):
       _train(config, workdir, allow, mesh, clock, signals, lease)
 

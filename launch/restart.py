@@ -12,8 +12,8 @@
 
 --workdir: whose checkpoints/ has the steps; by default COMMAND's own --workdir. --newest: a shell command that prints the newest step
 instead. --processes: N processes of COMMAND on this machine, each told its --coordinator, --processes and --process; once one ends
-with an error, the others have --grace seconds. --once: one start; the next is another's to make. --state: a file in which starts are
-counted from one of these programs to the next. --stop-when-preempted: 10 is final too.
+with an error, the others have --grace seconds; if COMMAND has --elastic, once the first has ended, whose exit code counts. --once: one
+start; the next is another's to make. --state: a file in which starts are counted from one of these programs to the next. --stop-when-preempted: 10 is final too.
 """
 import argparse
 import json
@@ -88,7 +88,9 @@ class Runner:
         child.terminate()
 
   def run(self, each: list[list[str]]) -> int:
-    """The exit code of the first of them that ended with an error; 0 if all ended well."""
+    """The exit code of the first of them that ended with an error; 0 if all ended well. Of an elastic run that of process 0, without
+    which the others cannot go on."""
+    elastic = '--elastic' in each[0]
     self._children = []
     for i, words in enumerate(each):
       self._children.append(subprocess.Popen(words, env=environment(i, len(each))))
@@ -97,13 +99,13 @@ class Runner:
     failed, end = 0, None
     while None in [child.poll() for child in self._children]:
       failed = failed or next((c.returncode for c in self._children if c.returncode), 0)
-      if failed and end is None:
+      if end is None and (self._children[0].returncode is not None if elastic else failed):
         end = time.monotonic() + self.grace
       if end is not None and time.monotonic() > end:
         for child in self._children:
           child.kill()
       time.sleep(0.05)
-    return failed or next((c.returncode for c in self._children if c.returncode), 0)
+    return self._children[0].returncode if elastic else failed or next((c.returncode for c in self._children if c.returncode), 0)
 
   def sleep(self, seconds: float) -> None:
     end = time.monotonic() + seconds

@@ -6,6 +6,7 @@
 # processes save and end with 10) and --job-name=jaxlm. The workdir must be on storage that all nodes share.
 # 1. srun starts the processes, which find each other by Slurm's variables (jaxlm/cluster.py).
 # 2. launch/restart.py starts them again in the same job when they die, are lost or meet a storage error.
+#    With --elastic a process or node that is lost does not end the others; when they end, the run has.
 # 3. Preempted (10), the job is requeued, unless it was cancelled; it counts its starts without progress from one to the next.
 # BACKOFF=5 is restart.py's. PYTHON=… chooses the interpreter, on all nodes; by default that of .venv, else python3.
 set -euo pipefail
@@ -23,6 +24,9 @@ if [ "${1:-}" != --job ]; then
   case " $* " in
     *" --workdir="*) ;;
     *) echo "slurm: wants --workdir=DIR, on storage that all nodes share" >&2; exit 2 ;;
+  esac
+  case " $* " in
+    *" --elastic "*) options+=(--no-kill) ;;
   esac
   submit=(sbatch --job-name=jaxlm --requeue --open-mode=append --signal=TERM@180 "${options[@]}" "$root/launch/slurm.sh" --job "$root" "$@")
   if [ -n "$dry" ]; then
@@ -45,9 +49,12 @@ if ! command -v "$python" >/dev/null; then
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 code=0
-# --wait: the others of a process that ended have as long as a heartbeat to notice.
+wait=(--wait=90)  # the others of a process that ended have as long as a heartbeat to notice
+case " $* " in
+  *" --elastic "*) wait=(--wait=0 --kill-on-bad-exit=0 --no-kill) ;;
+esac
 "$python" "$root/launch/restart.py" --stop-when-preempted --backoff="${BACKOFF:-5}" --state="$workdir/restart-$SLURM_JOB_ID.json" -- \
-  srun --wait=90 "$python" -m jaxlm "$@" || code=$?
+  srun "${wait[@]}" "$python" -m jaxlm "$@" || code=$?
 if [ "$code" = 10 ] && scontrol show job --oneliner "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
   echo "slurm: requeues job $SLURM_JOB_ID" >&2
   scontrol requeue "$SLURM_JOB_ID"

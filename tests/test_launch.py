@@ -95,6 +95,16 @@ def test_of_several_processes_the_first_error_ends_the_others(tmp_path):
   assert [words[1:] for words in said] == [['--processes=3', f'--process={i}'] for i in range(3)]
 
 
+def test_of_an_elastic_run_process_0_decides(tmp_path):
+  command = '[ "$5" = --process=1 ] && kill -9 $$; [ "$5" = --process=2 ] && sleep 60; sleep 2; touch $0/done; exit $1'
+  for code in (0, 11):
+    began = time.time()
+    out = subprocess.run([sys.executable, 'launch/restart.py', f'--workdir={tmp_path}', '--once', '--processes=3', '--grace=0.5', '--',
+                          'bash', '-c', command, str(tmp_path), str(code), '--elastic'], check=False)
+    assert out.returncode == code and time.time() - began < 20
+    (tmp_path / 'done').unlink()
+
+
 @pytest.mark.parametrize('words, message', [([], 'wants -- COMMAND'), (['--', 'true'], 'wants --workdir=DIR'),
                                             (['--workdir=x', '--', 'no_such_program'], 'no such program'),
                                             (['--processes=0', '--workdir=x', '--', 'true'], 'wants 1 or more')])
@@ -127,6 +137,7 @@ def test_slurm_says_its_command():
   assert launched('launch/slurm.sh', '--dry-run', '--nodes=4', *TRAIN).split() == [
       'sbatch', '--job-name=jaxlm', '--requeue', '--open-mode=append', '--signal=TERM@180', '--nodes=4', str(script), '--job',
       str(script.parent.parent), 'train', '--config=configs/quickstart.py', '--workdir=runs/r']
+  assert '--no-kill' in launched('launch/slurm.sh', '--dry-run', *TRAIN, '--elastic')
   assert 'wants --workdir' in launched('launch/slurm.sh', '--', 'train', code=2)
 
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from jaxlm import lease, train as training
+from jaxlm import elastic, lease, train as training
 from jaxlm.errors import UsageError
 from jaxlm.lease import Lease
 from tests import matrix
@@ -72,6 +72,15 @@ def test_one_that_was_killed_and_not_yet_waited_for_is_dead_too(holder, tmp_path
   time.sleep(0.5)
   with Lease(tmp_path):
     pass
+
+
+def test_a_survivor_that_began_anew_keeps_its_lease(tmp_path, monkeypatch):
+  with Lease(tmp_path):
+    with pytest.raises(UsageError, match='is in use by process'), Lease(tmp_path):
+      pass
+    monkeypatch.setenv(elastic.SURVIVOR, '1')
+    with Lease(tmp_path) as own:
+      own.check()
 
 
 def test_another_process_with_its_number_is_not_the_holder(holder, tmp_path):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import cli, seal, storage, train as training, verify
+from jaxlm import checkpoint, cli, seal, storage, train as training, verify
 from jaxlm.checkpoint import Checkpoints, digests, hold, steps, write_sealed
 from jaxlm.errors import CheckpointError, StorageError
 from tests import common, matrix
@@ -249,7 +249,7 @@ def test_steps_go_by_their_number_and_their_seal_not_by_clocks(copy):
   made = Checkpoints(copy)
   assert made.newest(made.read_meta)[0] == 1_000_000
   assert sorted(p.name for p in checkpoints.iterdir() if not p.name.isascii() or not p.name.isdigit() or p.name == '0012') == [
-      '-5', '0012', '6.bak', '٣']  # leftovers of saves and deletions are gone, what others put there is not
+      '-5', '.newest', '0012', '6.bak', '٣']  # leftovers of saves and deletions are gone, what others put there is not
   made.close()
   matrix.record('F23', 'clocks, 999,999 → 1,000,000, leftovers', 'by number and seal')
 
@@ -272,6 +272,43 @@ def test_storage_that_does_not_answer_is_asked_again_and_never_taken_for_damage(
     training.train(run_config(texts, steps=20), copy)
   assert e.value.code == 13 and steps(copy) == [3, 6, 9, 12] and not (copy / 'quarantine').exists()
   matrix.record('F10', 'a store that does not answer', 'exit code 13 after 6 tries, nothing moved')
+
+
+def test_a_stale_listing_is_not_believed(texts, copy, monkeypatch, capsys):
+  """Listings of a store may lack the newest step for a while, or for good, or hold one that is gone."""
+  monkeypatch.setattr(storage, 'FIRST_WAIT', .001)
+  real, lacks = checkpoint.steps, [2]
+
+  def stale(workdir):
+    lacks[0] -= 1
+    return [step for step in real(workdir) if step != 12 or lacks[0] < 0]
+  monkeypatch.setattr(checkpoint, 'steps', stale)
+  monkeypatch.setattr(checkpoint.pathlib.Path, 'exists', lambda path: path.name != '12' and os.path.exists(path))
+  assert Checkpoints(copy, read_only=True).found == [3, 6, 9, 12] and 'step 12, which was saved last, is not listed' in capsys.readouterr().out
+  monkeypatch.undo()
+  lacks[0] = 10 ** 9
+  monkeypatch.setattr(checkpoint, 'steps', stale)
+  assert Checkpoints(copy, read_only=True).found == [3, 6, 9, 12]  # by its name it is there
+  matrix.record('F10', 'a listing that lacks the newest step', 'asked again, and by name; the newest is restored', trials=2)
+  monkeypatch.setattr(checkpoint, 'steps', lambda workdir: [*real(workdir), 15])
+  made = Checkpoints(copy)
+  assert made.newest(made.read_meta)[0] == 12 and 'checkpoint 15 is bad: it was listed, and is not there' in capsys.readouterr().out
+  made.close()
+  monkeypatch.undo()
+  assert steps(copy) == [3, 6, 9, 12] and not (copy / 'quarantine').exists()
+  matrix.record('F10', 'a listing that holds a step that is gone', 'the one before')
+
+
+def test_a_run_whose_steps_are_gone_does_not_begin_anew(texts, copy, monkeypatch, capsys):
+  monkeypatch.setattr(storage, 'FIRST_WAIT', .001)
+  shutil.rmtree(copy / 'checkpoints' / '12')
+  assert good(copy, 9) and 'step 12, which was saved last, is not there; the newest is 9' in capsys.readouterr().out
+  for step in (3, 6, 9):
+    shutil.rmtree(copy / 'checkpoints' / str(step))
+  with pytest.raises(CheckpointError, match='step 12 was saved there, and no step is left; .*newest to begin anew') as e:
+    training.train(run_config(texts, steps=20), copy)
+  assert e.value.code == 3
+  matrix.record('F10', 'a listing without any step', 'exit code 3, nothing written')
 
 
 def test_digests_are_those_of_any_mesh(run):

@@ -3,6 +3,8 @@
 `make slurm` installs slurm-wlm and munge (Debian) if they are not here, and runs this; it wants root."""
 import json
 import os
+import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -74,6 +76,21 @@ def test_preempted_requeued_killed_and_finished(slurm, texts, alone, tmp_path): 
   assert not (workdir / f'restart-{job}.json').exists()
   assert_same_run(workdir, alone)
   tell(f'it went on in the same job, and ended at step {STEPS} with the losses of one process')
+
+
+def test_an_elastic_run_goes_on_without_a_process(slurm, texts, alone, tmp_path):  # noqa: F811
+  workdir, log = tmp_path / 'run', tmp_path / 'log'
+  job = submit(slurm, log, *command(texts, workdir), '--config.mesh.fsdp=-1', '--heartbeat_seconds=10', '--elastic')
+  until(lambda: last(workdir) >= 12, log)
+  victim = subprocess.run(['pgrep', '--full', f'jaxlm train.*--workdir={workdir}'], capture_output=True, text=True, check=True).stdout.split()
+  victim = next(int(pid) for pid in victim if b'SLURM_PROCID=1\0' in pathlib.Path(f'/proc/{pid}/environ').read_bytes())
+  os.kill(victim, signal.SIGKILL)
+  tell(f'SIGKILL to process 1 of 2 of an elastic run at step {last(workdir)}')
+  until(lambda: field(slurm, job, 'JobState') == 'COMPLETED', log, 300)
+  assert 'process 1 of 2 is lost; 1 go on, from the newest checkpoint' in log.read_text()
+  assert log.read_text().count(f'trained to step {STEPS}') == 1
+  assert_same_run(workdir, alone)
+  tell(f'process 0 went on alone, and ended at step {STEPS} with the losses of one process')
 
 
 def test_a_config_that_is_wrong_is_not_started_again_and_a_cancelled_job_is_not_requeued(slurm, texts, tmp_path):  # noqa: F811

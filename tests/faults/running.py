@@ -17,7 +17,7 @@ KEEP = 100
 
 
 def environment(devices: int, **more) -> dict:
-  return {**os.environ, 'XLA_FLAGS': '', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONPATH': str(ROOT), **{k: str(v) for k, v in more.items()}}
+  return {**os.environ, 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT), **{k: str(v) for k, v in {'JAX_NUM_CPU_DEVICES': devices, **more}.items()}}
 
 
 def words(texts, workdir, *more) -> list[str]:
