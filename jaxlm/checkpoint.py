@@ -3,7 +3,7 @@
     workdir/checkpoints/STEP/state      params, optimizer state, step: one canonical layout (layers stacked), on any mesh; by Orbax
     workdir/checkpoints/STEP/run.json   config, examples consumed, hash of the data, tokenizer, versions
     workdir/checkpoints/STEP/seal.json  checksums of all files, digests of all arrays (seal.py)
-    workdir/checkpoints/.newest         the step that became visible last: a listing that lacks it is stale
+    workdir/checkpoints/.newest         the step that became visible last: a listing that lacks it is stale; a folder without it, another
     workdir/quarantine/STEP-…           a step whose bytes are not those that were sealed, kept for a person to look at
 
 A save, in order: 1. the digests of all arrays are computed on the devices, from the very buffers that are saved. 2. The state is
@@ -120,6 +120,7 @@ class Checkpoints:
       for path in self._folder.iterdir():
         if TEMPORARY in path.name or path.name.startswith(DELETED):
           shutil.rmtree(path)
+      self._newest.touch()
 
   def _list(self) -> list[int]:
     """`steps`, from storage whose listings may be stale. CheckpointError if steps were saved there, and none is left."""
@@ -160,7 +161,7 @@ class Checkpoints:
   def _has_room(self, step: int, state) -> bool:
     """Whether all of a state fits on the disk, before a byte of it is written."""
     needed = int(1.05 * sum(a.nbytes for a in jax.tree.leaves(state))) + 2 ** 21  # with what Orbax says of them
-    free = patiently(str(self._folder), lambda: shutil.disk_usage(self._folder).free, self._say)
+    free = patiently(str(self._folder), self._free, self._say)
     if needed <= free:
       return True
     text = f'checkpoint {step}: wants {needed / 2 ** 30:.2f} GiB, and {self._folder} has room for {free / 2 ** 30:.2f}'
@@ -168,6 +169,12 @@ class Checkpoints:
       raise StorageError(f'{text}; free some, or set checkpoint.keep lower, or checkpoint.when_full=skip to train on unsaved')
     self._say(f'{text}; not saved')
     return False
+
+  def _free(self) -> int:
+    """Bytes. OSError if the folder is not that in which the run began, but one that Orbax made in its place."""
+    if not self._newest.exists():
+      raise FileNotFoundError(f'{self._newest} is gone: was the workdir moved, or its storage unmounted?')
+    return shutil.disk_usage(self._folder).free
 
   def _finish_files(self) -> None:
     """In Orbax's thread, by the lead, when all of the state is written, before the step becomes visible."""
@@ -215,6 +222,7 @@ class Checkpoints:
   def _settle(self) -> None:
     """The step that was being saved is visible: its name is brought to disk, and then older steps are deleted."""
     step, self._saving = self._saving[0], None
+    patiently(str(self._folder), self._free, self._say)
     self.found = sorted({*self.found, step})
     self._good.pop(step, None)
     c = self._options

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import config as configs, train as training
+from jaxlm import checkpoint, config as configs, train as training
 from jaxlm.checkpoint import Checkpoints, steps
 from jaxlm.errors import CheckpointError, JaxlmError, StorageError, UsageError
 from jaxlm.models import kinds
@@ -47,6 +47,7 @@ def copy(unbroken, tmp_path):
   shutil.copytree(unbroken, tmp_path / 'run')
   for step in (9, 12):
     shutil.rmtree(tmp_path / 'run' / 'checkpoints' / str(step))
+  (tmp_path / 'run' / 'checkpoints' / checkpoint.NEWEST).write_text(str(max(steps(tmp_path / 'run'))))
   return tmp_path / 'run'
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxlm
+from jaxlm.checkpoint import steps
 from tests import common
 from tests.test_checkpoint import losses, metrics, state_of
 
@@ -74,7 +75,7 @@ def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(texts, train
     child.send_signal(number)  # a second one is harmless
     _, err = child.communicate(timeout=60)
   assert child.returncode == 10, err
-  saved = max(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
+  saved = max(steps(tmp_path))
   assert saved >= 33 and saved % 20 and f'saved step {saved} of {STEPS}' in err and 'same command' in err
   out = subprocess.run(train_command(texts, tmp_path), capture_output=True, text=True, env=ENV, check=False)
   assert out.returncode == 0 and f'goes on from step {saved}' in out.stdout, out.stderr

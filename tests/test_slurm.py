@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from jaxlm.checkpoint import steps
 from tests import slurm_cluster
 from tests.test_hosts import STEPS, alone, assert_same_run, command, lines  # noqa: F401  pylint: disable=unused-import  # fixtures
 
@@ -60,7 +61,7 @@ def test_preempted_requeued_killed_and_finished(slurm, texts, alone, tmp_path): 
   subprocess.run(['scancel', '--signal=TERM', job], env=slurm, check=True)
   tell(f'SIGTERM at step {last(workdir)}')
   until(lambda: 'slurm: requeues' in log.read_text(), log)
-  saved = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+  saved = max(steps(workdir))
   tell(f'saved step {saved}, the job requeues itself')
   assert 4 <= saved < 10
   until(lambda: field(slurm, job, 'Restarts') == '1' and last(workdir) > saved + 1, log, 300)
