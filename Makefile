@@ -75,8 +75,9 @@ $(VENV)/installed-pods: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[pods]'
 	touch $@
 
-# Writes docs/pods.md: steps compiled for pods that are not here.
+# Writes docs/pods.md: steps compiled for pods that are not here; and has every test of the compilers.
 pods: $(VENV)/installed-pods
+	JAXLM_PODS=1 $(BIN)/python -m pytest tests/test_pods.py
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/pods.py
 
 # Writes docs/planner.md: the planner beside what others measured.
