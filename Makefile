@@ -30,8 +30,8 @@ test: $(VENV)/installed-test
 # Writes docs/parity.md and docs/parity_classics.md, every family against transformers; docs/meshes.md, every mesh against one
 # device, and does the same with quantised projections.
 parity: $(VENV)/installed-test
-	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py tests/test_classics.py tests/test_meshes.py tests/test_quantised.py \
-	  -k 'not table'
+	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py tests/test_classics.py tests/test_meshes.py \
+	  tests/test_quantised.py -k 'not table'
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/gpt2_step.py

@@ -23,7 +23,8 @@ def command(*words):
 
 
 def train_command(texts, workdir, *more):
-  return command('train', f'--config=tests/configs/tiny.py:{texts}/*.txt', f'--workdir={workdir}', f'--config.steps={STEPS}', *more)
+  return command('train', f'--config=tests/configs/tiny.py:{texts}/*.txt', f'--workdir={workdir}', f'--config.steps={STEPS}',
+                 *more)
 
 
 def run(*words, code=0):

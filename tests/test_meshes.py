@@ -32,8 +32,8 @@ CASES = {
         'model.logit_cap': 5., 'model.attention_cap': 5., 'model.moe.E': 4, 'model.moe.F': 32,
         'model.moe.first': 1, 'model.moe.shared': 16, 'model.moe.balance_loss': 0.1, 'model.moe.z_loss': 0.01},
 }
-# data, fsdp, tensor, context, expert, stage. Each axis alone, products in which each axis meets others, and each of CASES on one mesh
-# at least; MORE, the other products of two that pods use, `make parity` runs.
+# data, fsdp, tensor, context, expert, stage. Each axis alone, products in which each axis meets others, and each of CASES on one
+# mesh at least; MORE, the other products of two that pods use, `make parity` runs.
 MESHES = {
     'llama': [(8, 1, 1), (1, 8, 1), (1, 1, 4), (1, 1, 1, 8), (1, 1, 1, 1, 1, 4), (2, 2, 2)],
     'llama-gather': [(1, 2, 1, 4)], 'llama-rounds-remat': [(1, 1, 2, 1, 1, 2)], 'llama-vocabulary': [(1, 2, 2, 2)],

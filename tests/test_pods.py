@@ -108,7 +108,8 @@ def test_plans_are_verified_by_the_compiler(tmp_path):
   file, out, program = tmp_path / 'small.py', tmp_path / 'plan.json', tmp_path / 'step.hlo'
   model = {key.removeprefix('model.'): value for key, value in SMALL.items() if key.startswith('model.')}
   file.write_text('from ml_collections import ConfigDict\ndef get_config():\n'
-                  f'  return ConfigDict(dict(batch=16, length=512, model=dict({model!r}), loss=dict(chunks=2, over="vocabulary")))\n')
+                  f'  return ConfigDict(dict(batch=16, length=512, model=dict({model!r}), '
+                  'loss=dict(chunks=2, over="vocabulary")))\n')
   cli.run(['plan', f'--config={file}', '--topology=v5e:2x4', '--verify', '--best=1', f'--hlo={program}', f'--json={out}',
            '--config.mesh.data=2', '--config.mesh.tensor=2', '--config.model.D=512', '--config.model.remat=full'])
   result = json.loads(out.read_text())

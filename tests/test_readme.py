@@ -30,7 +30,8 @@ def tree(tmp_path_factory):
   (folder / '.venv').symlink_to(sys.prefix)
   quickstart = (folder / 'configs/quickstart.py').read_text(encoding='utf-8')
   assert "source='stdlib'" in quickstart
-  (folder / 'configs/quickstart.py').write_text(quickstart.replace("source='stdlib'", "source='text:jaxlm/**/*.py'"), encoding='utf-8')
+  quickstart = quickstart.replace("source='stdlib'", "source='text:jaxlm/**/*.py'")
+  (folder / 'configs/quickstart.py').write_text(quickstart, encoding='utf-8')
   return folder
 
 
@@ -50,8 +51,8 @@ def parts(text):
 
 @pytest.mark.parametrize('number', range(len(BLOCKS)))
 def test_block(tree, number, monkeypatch):
-  """`make quickstart` is cut to a few steps of a smaller model, and `make test` to collecting a file, by the environment. Commands
-  of jaxlm run in this process, which has imported what they want, on one device."""
+  """`make quickstart` is cut to a few steps of a smaller model, and `make test` to collecting a file, by the environment.
+  Commands of jaxlm run in this process, which has imported what they want, on one device."""
   language, text = BLOCKS[number]
   env = {**os.environ, 'TESTS': 'tests/test_layout.py', 'FLAGS': '--config.steps=6 --config.model.N=1', 'EVAL_FLAGS': '--data=text:README.md',
          'PYTEST_ADDOPTS': '--collect-only', 'PYTHONPATH': str(tree)}

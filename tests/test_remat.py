@@ -156,8 +156,8 @@ def test_offloaded_moments_change_no_bit(sizes, optimizer):
 def test_a_run_goes_on_with_its_moments_elsewhere(texts, tmp_path):
   """Saved at each step while its buffers are donated; stopped and gone on with, from the host's memory to the device's and back."""
   def run(folder, steps, offload):
-    training.train(run_config(texts, steps=steps, save_every=1, **{'optimizer.schedule': 'constant', 'optimizer.offload': offload}),
-                   tmp_path / folder)
+    changes = {'optimizer.schedule': 'constant', 'optimizer.offload': offload}
+    training.train(run_config(texts, steps=steps, save_every=1, **changes), tmp_path / folder)
   run('plain', 6, False)
   for steps, offload in ((2, True), (4, False), (6, True)):
     run('both', steps, offload)
