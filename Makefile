@@ -28,9 +28,10 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(TESTS)
 
 # Writes docs/parity.md and docs/parity_classics.md, every family against transformers; docs/meshes.md, every mesh against one
-# device.
+# device, and does the same with quantised projections.
 parity: $(VENV)/installed-test
-	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py tests/test_classics.py tests/test_meshes.py -k 'not table'
+	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py tests/test_classics.py tests/test_meshes.py \
+	  tests/test_quantised.py -k 'not table'
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/gpt2_step.py
@@ -75,8 +76,9 @@ $(VENV)/installed-pods: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[pods]'
 	touch $@
 
-# Writes docs/pods.md: steps compiled for pods that are not here.
+# Writes docs/pods.md: steps compiled for pods that are not here; and has every test of the compilers.
 pods: $(VENV)/installed-pods
+	JAXLM_PODS=1 $(BIN)/python -m pytest tests/test_pods.py
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/pods.py
 
 # Writes docs/planner.md: the planner beside what others measured.

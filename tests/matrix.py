@@ -2,9 +2,9 @@
 import json
 import os
 
-import pytest
+from tests.campaigns import only
 
-slow = pytest.mark.skipif('JAXLM_FAULTS' not in os.environ, reason='make faults')
+slow = only('JAXLM_FAULTS', 'make faults')
 
 
 def record(fault: str, case: str, result: str, trials: int = 1, lost: int | None = None, detect: float | None = None,

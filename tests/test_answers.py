@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from jaxlm import answers, config as configs, train
+from jaxlm import answers, config as configs, train, xla
 from jaxlm import lm as lms
 from jaxlm.data import sources
 from jaxlm.errors import UsageError
 from tests import common
 
 DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
+
+
+def optimise(monkeypatch):
+  """Of hundreds of long steps it is running them that takes the time, and not the compile, which conftest.py cuts short."""
+  monkeypatch.setitem(xla.OPTIONS, 'cpu', {'xla_backend_optimization_level': 3})
 
 
 @pytest.fixture(scope='module', params=['transformer', 'llama'])
@@ -37,6 +42,7 @@ def test_a_model_learns_to_answer_and_says_how_well(trained, monkeypatch):
   import jax
   devices = jax.devices()
   monkeypatch.setattr(jax, 'devices', lambda *a: devices[:1])
+  optimise(monkeypatch)
   train.train(config, folder / 'run')
   lm = lms.load(folder / 'run')
   result, each = answers.evaluate_answers(lm, 'heldout', ['exact', 'bleu', 'chrf', 'rouge', 'f1'])
@@ -109,6 +115,8 @@ def test_a_model_learns_from_marked_records(objective, tmp_path, monkeypatch):
   import jax
   devices = jax.devices()
   monkeypatch.setattr(jax, 'devices', lambda *a: devices[:1])
+  if objective == 'answer':
+    optimise(monkeypatch)
   rng = np.random.default_rng(0)
   (tmp_path / 'r.jsonl').write_text('\n'.join(json.dumps(_record(objective, rng)) for _ in range(500)))
   family, changes, metrics, main = RUNS[objective]

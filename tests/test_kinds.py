@@ -1,6 +1,7 @@
 """Recurrent models, encoders and encoder-decoders: against torch, against themselves run in other ways, and as people use
 them: scored and prompted. What they share with decoders is tested there; parity with transformers: tests/test_classics.py."""
 import dataclasses
+import functools
 import math
 
 import jax
@@ -19,13 +20,18 @@ from tests import common
 KINDS = ['lstm', 'gru', 'transformer', 't5', 'bert', 'cho', 'bahdanau', 'luong']
 
 
-def make_lm(family, sizes=(1, 1, 1), **changes):
-  c = common.config(family, **changes)
+@functools.cache
+def values_of(m):
+  """Parameters of a model, none of them 0 or 1."""
   with jax.set_mesh(common.mesh_of(1, 1, 1)):
-    params = common.perturbed(jax.jit(lambda key: kinds.init_params(c.model, key))(jax.random.key(0)))
-  mesh = common.mesh_of(*sizes)
+    return common.perturbed(jax.jit(lambda key: kinds.init_params(m, key))(jax.random.key(0)))
+
+
+def make_lm(family, sizes=(1, 1, 1), **changes):
+  c, mesh = common.config(family, **changes), common.mesh_of(*sizes)
   with jax.set_mesh(mesh):
-    return lms.LM(c, common.BYTES, common.put_params(params, layout.named(kinds.abstract_params(c.model), mesh)), mesh, 0)
+    params = common.put_params(values_of(c.model), layout.named(kinds.abstract_params(c.model), mesh))
+    return lms.LM(c, common.BYTES, params, mesh, 0)
 
 
 # ---- recurrent models
@@ -150,11 +156,14 @@ def test_hidden_states_of_selected_places(one_device):
 DOCUMENTS = [('a', 'the first one, short'), ('b', 'a second document that is longer than one window of it ' * 2), ('c', 'z')]
 
 
+_logits = jax.jit(kinds.logits, static_argnums=0)
+
+
 def nll_by_hand(lm, batch):
   """Σ −log p of the targets of one row, from all of its logits, in float64."""
   multiple = {k: np.repeat(a[None], lm.rows_multiple, 0) for k, a in batch.items()}
   with jax.set_mesh(lm.mesh):
-    logits = np.asarray(jax.jit(lambda p, b: kinds.logits(lm.config.model, p, b))(lm.params, common.put(multiple)))[0].astype(np.float64)
+    logits = np.asarray(_logits(lm.config.model, lm.params, common.put(multiple)))[0].astype(np.float64)
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   return -(log_p[np.arange(len(batch['targets'])), batch['targets']] * batch['weights']).sum()
 
@@ -218,9 +227,6 @@ def greedy(lm, prompt, count):
     if new[-1] == lm.tokenizer.boundary:
       break
   return lm.tokenizer.decode([i for i in new if i != lm.tokenizer.boundary])
-
-
-_logits = jax.jit(kinds.logits, static_argnums=0)
 
 
 @pytest.mark.parametrize('family', [k for k in KINDS if k != 'bert'])

@@ -14,7 +14,7 @@ from jaxlm.optimizer import make_optimizer
 from jaxlm.schema import MeshConfig
 from jaxlm.step import abstract_state, init_state, make_step
 from jaxlm.train import abstract_batch
-from tests import common
+from tests import campaigns, common
 
 MOE = {'model.moe.E': 4, 'model.moe.F': 32}
 CASES = {
@@ -32,15 +32,20 @@ CASES = {
         'model.logit_cap': 5., 'model.attention_cap': 5., 'model.moe.E': 4, 'model.moe.F': 32,
         'model.moe.first': 1, 'model.moe.shared': 16, 'model.moe.balance_loss': 0.1, 'model.moe.z_loss': 0.01},
 }
-# Every axis alone, and the products of two that pods use: data, fsdp, tensor, context, expert, stage.
-ALONE = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (1, 1, 1, 8), (1, 1, 1, 1, 1, 4)]
-TWO = [(2, 4, 1), (2, 1, 4), (1, 4, 2), (1, 2, 4), (1, 2, 1, 4), (1, 1, 2, 4), (1, 4, 1, 1, 1, 2), (1, 1, 4, 1, 1, 2), (1, 1, 1, 4, 1, 2)]
-WITH_EXPERTS = [(1, 1, 1, 1, 4), (2, 1, 1, 1, 4), (1, 2, 1, 1, 4), (1, 1, 4, 1, 2), (1, 1, 1, 4, 2), (1, 1, 1, 1, 4, 2)]
+# data, fsdp, tensor, context, expert, stage. Each axis alone, products in which each axis meets others, and each of CASES on one
+# mesh at least; MORE, the other products of two that pods use, `make parity` runs.
 MESHES = {
-    'llama': ALONE + TWO + [(2, 2, 2)], 'llama-gather': [(1, 1, 1, 4), (1, 2, 1, 4)], 'llama-rounds-remat': [(1, 1, 2, 1, 1, 2)],
-    'llama-vocabulary': [(1, 2, 2, 2)], 'llama-moe': WITH_EXPERTS + [(1, 4, 2), (1, 1, 1, 4), (1, 2, 1, 1, 1, 4)],
-    'llama-moe-capacity': [(1, 2, 2, 1, 2)], 'gpt2-dropout': [(1, 4, 2), (2, 2, 2)],
-    'llama-muon-remat-untied-zloss': [(1, 2, 4), (2, 2, 2)], 'llama-mixture-local-capped': [(1, 2, 4), (1, 2, 1, 4)],
+    'llama': [(8, 1, 1), (1, 8, 1), (1, 1, 4), (1, 1, 1, 8), (1, 1, 1, 1, 1, 4), (2, 2, 2)],
+    'llama-gather': [(1, 2, 1, 4)], 'llama-rounds-remat': [(1, 1, 2, 1, 1, 2)], 'llama-vocabulary': [(1, 2, 2, 2)],
+    'llama-moe': [(1, 1, 1, 1, 4), (1, 1, 1, 4, 2), (1, 2, 1, 1, 1, 4)], 'llama-moe-capacity': [(1, 2, 2, 1, 2)],
+    'llama-mixture-local-capped': [(1, 2, 1, 4)],
+}
+MORE = {
+    'llama': [(2, 4, 1), (2, 1, 4), (1, 4, 2), (1, 2, 4), (1, 2, 1, 4), (1, 1, 2, 4), (1, 4, 1, 1, 1, 2), (1, 1, 4, 1, 1, 2),
+              (1, 1, 1, 4, 1, 2)],
+    'llama-gather': [(1, 1, 1, 4)],
+    'llama-moe': [(2, 1, 1, 1, 4), (1, 2, 1, 1, 4), (1, 1, 4, 1, 2), (1, 1, 1, 1, 4, 2), (1, 4, 2), (1, 1, 1, 4)],
+    'gpt2-dropout': [(1, 4, 2)], 'llama-muon-remat-untied-zloss': [(1, 2, 4)], 'llama-mixture-local-capped': [(1, 2, 4)],
 }
 DOCS = pathlib.Path('docs/meshes.md')
 HEAD = """# Every mesh gives what one device gives
@@ -76,7 +81,9 @@ def reference(case):
   return three_steps(common.config(case.split('-')[0], **CASES[case]), common.MESHES[0])
 
 
-RUNS = [(case, sizes) for case in CASES for sizes in (MESHES[case] if case in MESHES else [(2, 2, 2)])]
+RUNS = [run for case in CASES for run in (
+    *((case, sizes) for sizes in (MESHES[case] if case in MESHES else [(2, 2, 2)])),
+    *(pytest.param(case, sizes, marks=campaigns.parity) for sizes in (MORE[case] if case in MORE else ())))]
 
 
 def text_of(sizes) -> str:

@@ -1,4 +1,5 @@
 """The step compiled for TPU pods by their own compiler: kernels and collectives are those that were asked for."""
+import functools
 import json
 import re
 
@@ -7,14 +8,21 @@ import pytest
 from jaxlm import cli, config as configs
 from jaxlm.errors import UsageError
 from jaxlm.plan import compile as compiling, hlo
+from tests import campaigns
 
 SMALL = {'model.D': 256, 'model.H': 4, 'model.G': 2, 'model.K': 128, 'model.F': 512, 'model.N': 4, 'model.V': 1024,
          'model.dtype': 'bfloat16', 'model.remat': 'full', 'batch': 8, 'length': 512, 'loss.chunks': 2, 'loss.over': 'vocabulary'}
 MOE = {'model.moe.E': 8, 'model.moe.F': 512}
 
 
+@functools.cache
+def step(*changes):
+  return compiling.step(configs.from_flat({**SMALL, **dict(changes)}), 'v5e:2x4')
+
+
 def compiled(changes):
-  return compiling.step(configs.from_flat({**SMALL, **changes}), 'v5e:2x4')
+  """Once, for all tests that look at it."""
+  return step(*({'model.remat': 'full'} | changes).items())
 
 
 def in_layers(c):
@@ -36,7 +44,8 @@ def runs(c, kernel):
   return sum(op.times for op in hlo.kernels(c.ops) if op.name.startswith(kernel))
 
 
-@pytest.mark.parametrize('mesh, times', [({'mesh.fsdp': 8}, 1), ({'mesh.fsdp': 4, 'mesh.context': 2}, 5)])  # in a layer, once
+@pytest.mark.parametrize('mesh, times', [
+    pytest.param({'mesh.fsdp': 8}, 1, marks=campaigns.pods), ({'mesh.fsdp': 4, 'mesh.context': 2}, 5)])  # in a layer, once
 def test_the_kernel_does_not_run_again_where_what_it_made_is_kept(mesh, times):
   full, kept = (compiled({**mesh, 'model.remat': name}) for name in ('full', 'attention'))
   assert (runs(full, 'splash_mha_fwd'), runs(kept, 'splash_mha_fwd')) == (2 * times * SMALL['model.N'], times * SMALL['model.N'])
@@ -52,12 +61,14 @@ def test_what_is_offloaded_is_in_the_hosts_memory():
   assert runs(c, 'splash_mha_fwd') == runs(c, 'splash_mha_dq') == SMALL['model.N']
 
 
+@campaigns.pods
 def test_offloaded_moments_are_no_arguments_on_the_device():
   """Of three float32 copies of the parameters, one is left."""
   plain, offloaded = (compiled({'mesh.fsdp': 8, 'optimizer.offload': value}) for value in (False, True))
   assert offloaded.arguments == pytest.approx(plain.arguments / 3, rel=0.05) and offloaded.peak < plain.peak
 
 
+@campaigns.pods
 def test_all_keys_come_to_all_where_a_ring_is_not_asked_for():
   c = compiled({'mesh.fsdp': 4, 'mesh.context': 2, 'model.context': 'gather'})
   assert any('splash' in op.name for op in hlo.kernels(c.ops)) and not in_layers(c)
@@ -80,6 +91,7 @@ def test_int8_projections_are_multiplied_and_gathered_as_int8():
   assert {dtype for dtype, shape in gathered if shape in weights} == {'s8'}
 
 
+@campaigns.pods
 def test_stages_hand_on_to_their_neighbours():
   c = compiled({'mesh.fsdp': 4, 'mesh.stage': 2, 'batch': 16, 'model.pipeline.rounds': 2})
   assert any(op.kind == 'collective-permute' and op.times > 1 for op in hlo.collectives(c.ops))
@@ -96,7 +108,8 @@ def test_plans_are_verified_by_the_compiler(tmp_path):
   file, out, program = tmp_path / 'small.py', tmp_path / 'plan.json', tmp_path / 'step.hlo'
   model = {key.removeprefix('model.'): value for key, value in SMALL.items() if key.startswith('model.')}
   file.write_text('from ml_collections import ConfigDict\ndef get_config():\n'
-                  f'  return ConfigDict(dict(batch=64, length=512, model=dict({model!r}), loss=dict(chunks=2, over="vocabulary")))\n')
+                  f'  return ConfigDict(dict(batch=16, length=512, model=dict({model!r}), '
+                  'loss=dict(chunks=2, over="vocabulary")))\n')
   cli.run(['plan', f'--config={file}', '--topology=v5e:2x4', '--verify', '--best=1', f'--hlo={program}', f'--json={out}',
            '--config.mesh.data=2', '--config.mesh.tensor=2', '--config.model.D=512', '--config.model.remat=full'])
   result = json.loads(out.read_text())
