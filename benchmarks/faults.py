@@ -17,7 +17,8 @@ HEAD = """# The fault matrix
 Made by `make faults` (benchmarks/faults.py): each line is a test in which something really happened to a run, on CPU devices; of several
 processes over gloo. Lost: steps that were run again, at most. Seconds on two cores: until the fault was seen, the run to there included
 where a process dies, and until the run that follows had ended or trained again. The small model saves every 10 steps unless it says
-otherwise.
+otherwise. Saves are asynchronous: who is killed while one is under way loses an interval and the steps since that save began, and the
+small model does a hundred steps in less than a second.
 
 | fault | what happened | trials | lost steps | detected in, s | recovered in, s | result |
 |---|---|---|---|---|---|---|

@@ -12,6 +12,7 @@ Process 0 must live: it hosts the service, without which the others end at once 
 with its host, so there it is refused.
 """
 import os
+import socket
 import sys
 import threading
 
@@ -93,7 +94,7 @@ class Watch:
       _end(f'{text}, and no mesh and batch of this config fit fewer')
     if own == 0:
       host, _, port = self._job.coordinator.rpartition(':')
-      self._client.key_value_set('jaxlm/survivors', f'{host}:{int(port) + 1}')  # the old one may be taken for some time yet
+      self._client.key_value_set('jaxlm/survivors', f'{host}:{_port_after(int(port))}')
       print(f'jaxlm: {text}; {count} go on, from the newest checkpoint', file=sys.stderr, flush=True)
     address = self._client.blocking_key_value_get('jaxlm/survivors', AGREEMENT * 1000)
     self._client.wait_at_barrier('jaxlm/survivors', AGREEMENT * 1000, live)
@@ -118,6 +119,18 @@ class Watch:
       os.environ['JAX_LOCAL_DEVICE_IDS'] = ','.join(map(str, self._job.devices))
     os.environ[SURVIVOR] = '1'
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *words])
+
+
+def _port_after(port: int) -> int:
+  """The next that is free on this machine: the old one may be taken for some time yet."""
+  for other in range(port + 1, 65536):
+    with socket.socket() as probe:
+      try:
+        probe.bind(('', other))
+        return other
+      except OSError:
+        continue
+  return _port_after(1023)
 
 
 def _end(text: str) -> None:

