@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import answers, cli, config as configs, evaluate, objectives, schema, train
+from jaxlm import answers, cli, config as configs, eval_command, evaluate, objectives, schema, train
 from jaxlm import lm as lms
 from jaxlm.data import caches, mixture, packing, pipeline, tokenizer
 from jaxlm.errors import UsageError
@@ -373,5 +373,5 @@ def test_bytes_of_a_prefix_are_not_the_texts(loaded, tmp_path):
   lm = loaded.of('text')
   lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, data=dataclasses.replace(lm.config.data, prefix='read: ')))
   f, _, _ = cli._parse('eval', ['--workdir=x', f'--data=text:{tmp_path}/*.txt'])
-  found = cli._eval_text(f, lm)
+  found = eval_command._text(f, lm)
   assert found['bytes'] == len('some text') and found['tokens'] == len('read: some text')
