@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import config as configs, layout
-from jaxlm.checkpoint import Checkpoints, steps
+from jaxlm.checkpoint import Checkpoints
 from jaxlm.errors import UsageError
 from jaxlm.schema import Config
 
@@ -41,9 +41,9 @@ def load(workdir: pathlib.Path, abstract_params, step: int | None = None, say=pr
   abstract_params(config) → abstract params under the mesh (None: see read_state), and the mesh. Raises UsageError if there
   is no checkpoint or not this step; CheckpointError if none is good.
   """
-  if not steps(workdir):
-    raise UsageError(f'--workdir={workdir}: has no checkpoints; train there first')
   checkpoints = Checkpoints(workdir, read_only=True, say=say)
+  if not checkpoints.found:
+    raise UsageError(f'--workdir={workdir}: has no checkpoints; train there first')
   if step is not None:
     if step not in checkpoints.found:
       raise UsageError(f'--step={step}: the checkpoints of {workdir} are {checkpoints.found}')

@@ -39,11 +39,12 @@ def tokenizer_of(config: Config, workdir: pathlib.Path) -> Config:
 
 def _open(config: Config) -> tuple[checkpoint.Checkpoints, int]:
   workdir = pathlib.Path(config.start.checkpoint)
-  found = checkpoint.steps(workdir)
+  checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
+  found = checkpoints.found
   if not found or (config.start.step and config.start.step not in found):
     raise UsageError(f'start.checkpoint={workdir}: has {f"the steps {found}" if found else "no checkpoints"}; '
                      f'{"set start.step to one of them" if found else "name a workdir that has"}')
-  return checkpoint.Checkpoints(workdir, read_only=True), config.start.step or found[-1]
+  return checkpoints, config.start.step or found[-1]
 
 
 def parameters(config: Config, fresh: dict, tokenizer: Tokenizer, mesh, say) -> dict:
