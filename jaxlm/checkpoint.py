@@ -120,7 +120,8 @@ class Checkpoints:
       for path in self._folder.iterdir():
         if TEMPORARY in path.name or path.name.startswith(DELETED):
           shutil.rmtree(path)
-      self._newest.touch()
+      if not self._newest.exists():
+        self._newest.touch()
 
   def _list(self) -> list[int]:
     """`steps`, from storage whose listings may be stale. CheckpointError if steps were saved there, and none is left."""

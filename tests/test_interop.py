@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 import jaxlm
 from jaxlm import config as configs, evaluate, train as training
+from jaxlm.checkpoint import steps
 from jaxlm.data import tokenizer
 from jaxlm.errors import UsageError
 from jaxlm.interop import convert, exporting, gguf, importing
@@ -211,7 +212,7 @@ def test_a_padded_vocabulary_is_as_good_and_trains_and_is_cut_again(texts, tmp_p
   how = ('optimizer.lr', '0.003'), ('optimizer.schedule', 'constant')
   with pytest.raises(UsageError, match='model.moe.scale was 1.0 and is now 2.0'):  # unused here: nothing is compiled anew
     train(tmp_path / 'run', texts, ('steps', '2'), *how, ('model.moe.scale', '2.'))
-  assert [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['0'] and jaxlm.load(tmp_path / 'run').step == 0
+  assert steps(tmp_path / 'run') == [0] and jaxlm.load(tmp_path / 'run').step == 0
   train(tmp_path / 'run', texts, ('steps', '2'), *how)
   train(tmp_path / 'run', texts, ('steps', '4'), *how)
   lines = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
