@@ -64,7 +64,7 @@ def compiled(name: str) -> dict:
     mesh = auto_axes.make_mesh(config, compiling.devices(parse(TOPOLOGY)))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       lowered = auto_axes.make_step(config, mesh).trace(*auto_axes.abstract(config, mesh)).lower(lowering_platforms=('tpu',))
-    found = compiling.of(lowered, mesh, xla.OPTIONS['tpu'])
+    found = compiling.of(lowered, mesh, xla.options('', mesh))
   else:
     found = compiling.step(config, TOPOLOGY)
   return {'peak': found.peak, 'arguments': found.arguments, 'cpu': time.process_time() - start, 'jax': jax.__version__,

@@ -79,6 +79,12 @@ def platform() -> str:
   return device.platform if device else 'unknown'
 
 
+def device_kind() -> str:
+  """What the current mesh is made of, as JAX names it: 'TPU v5'; '' for a mesh of sizes only."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.device_kind if device else ''
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """An Explicit mesh of AXES over `devices` (all of the job's if None); −1 is filled. UsageError if they do not fit."""
   devices = jax.devices() if devices is None else devices

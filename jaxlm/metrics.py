@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxlm.schema import Config, ModelConfig, layer_kinds
 from jaxlm.storage import Lines
 
-SUMS = ('loss', 'nll', 'tokens', 'load', 'right', 'pairs', 'pairs_nll', 'pairs_right', 'task_nll', 'task_tokens')
+SUMS = ('loss', 'nll', 'tokens', 'load', 'dropped', 'right', 'pairs', 'pairs_nll', 'pairs_right', 'task_nll', 'task_tokens')
 # The others are the last step's.
 
 console = Console(highlight=False, soft_wrap=True)
@@ -109,7 +109,8 @@ class Log:
       more = {f'pairs_{what}': float(sums[f'pairs_{key}'] / sums['pairs']) for what, key in (('loss', 'nll'), ('accuracy', 'right'))}
     if 'load' in sums:  # choices an expert, as multiples of its layer's mean
       share_NE = sums['load'] / sums['load'].mean(-1, keepdims=True)
-      more |= {'expert_load_max': float(share_NE.max()), 'expert_load_min': float(share_NE.min())}
+      more |= {'expert_load_max': float(share_NE.max()), 'expert_load_min': float(share_NE.min()),
+               'expert_dropped': float(sums['dropped'] / max(sums['load'].sum(), 1))}
     for k, task in enumerate(c.tasks):
       if count := int(sums['task_tokens'][k]):
         more[f'loss/{task.name}'] = float(sums['task_nll'][k] / count)

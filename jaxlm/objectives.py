@@ -13,8 +13,8 @@ from jaxlm.schema import Config, lead
 def token_loss(config: Config, params, batch, training: Training | None = None, carry=None):
   """Cross entropy of the targets. Returns (Σ loss, ({'nll': Σ nats, 'tokens': Σ weights}, carry)).
 
-  A mixture's router losses are means over tokens, so they enter times the tokens; {'load': choices an expert, [N, E]}
-  is reported too. They are means of a microbatch: with mixtures, the number of microbatches is part of the objective.
+  A mixture's router losses are means over tokens, so they enter times the tokens; {'load': choices an expert, [N, E],
+  'dropped': choices that none took} are reported too. They are means of a microbatch: with mixtures, the number of microbatches is part of the objective.
   With labels (objective pairs), next-sentence prediction enters times the tokens a row, and is reported as pairs_nll,
   pairs_right and pairs; of a mixture, by_task's too. carry: of a recurrent model, its state before and after the batch.
   """
@@ -25,7 +25,7 @@ def token_loss(config: Config, params, batch, training: Training | None = None, 
   if hidden.reports:
     moe = config.model.moe
     loss += sums['tokens'] * (moe.balance_loss * hidden.reports['balance'].sum() + moe.z_loss * hidden.reports['z'].sum())
-    sums['load'] = hidden.reports['load_E']
+    sums |= {'load': hidden.reports['load_E'], 'dropped': hidden.reports['dropped'].sum()}
   if 'labels' in batch:
     logits_BC = heads.of_pairs(config.model, params, hidden.pooled_BD)
     sums |= {'pairs_nll': heads.class_nll(logits_BC, batch['labels'][:, 0]).sum(), 'pairs': jnp.float32(len(logits_BC)),

@@ -47,6 +47,7 @@ class MoeConfig:
   bias_rate: float = 0.     # … and is moved by so much a step towards equal loads
   dispatch: str = 'dropless'  # dropless | capacity
   capacity: float = 1.25    # capacity: tokens an expert takes at most, as a multiple of the mean
+  room: float = 0.          # dropless over mesh.expert: rows a device takes at most, as a multiple of the mean; 0: all that can come
   balance_loss: float = 0.  # × E · Σ share of tokens · mean score (Switch Transformer, §2.2)
   z_loss: float = 0.        # × mean log²Σexp of the router's logits (ST-MoE, §3.3)
 
@@ -144,6 +145,8 @@ class ModelConfig:
   dropout: float = 0.
   init_std: float = 0.02    # of embeddings and projections; those back into the residual get ÷ √(2N)
   dtype: str = 'float32'    # of compute: float32 | bfloat16; master weights are always float32
+  reduce_dtype: str = 'float32'  # gradients of the layers' projections are summed over devices in it: float32 | bfloat16 (half the
+                            # bytes); over microbatches and in the optimizer they are float32
   matmul: str = 'full'      # of the layers' projections, forward and backward: full (dtype) | int8 | fp8 (models/quantised.py; Qwix)
   attention: str = 'auto'   # auto | dot_product | blocked | plain | splash (TPU) | cudnn (GPU)
   remat: str = 'none'       # what the backward pass recomputes: none | dots (all but matrix products) | all of a layer but the
@@ -310,6 +313,7 @@ class Config:
   eval_every: int = 0       # 0: no held-out loss during training
   eval_windows: int = 64    # held-out windows of `length` for eval_every
   compile_cache: str = ''   # a folder; '' is compile_cache/ in the workdir
+  compiler_options: str = ''  # of XLA, for the train step, as 'xla_name=value …'; =default leaves one of jaxlm's own (xla.py) out
   model: ModelConfig = ModelConfig()
   objective: ObjectiveConfig = ObjectiveConfig()
   loss: LossConfig = LossConfig()
@@ -325,14 +329,14 @@ class Config:
 
 # What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
 # from the same state and data, except `steps`, which people raise to train on, and `guard`, which they set when a run spikes.
-FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|(mesh|checkpoint|start|guard|watchdog)\..*|'
+FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|compiler_options|(mesh|checkpoint|start|guard|watchdog)\..*|'
                   r'data\.(cache|stop|start|never)|tasks\.[^.]+\.metrics|microbatches|loss\.chunks|'
                   r'loss\.over|model\.pipeline\..*|model\.(attention|context|remat|save|offload|scan|pool|normalize)|optimizer\.offload)$')
 
 
 # What of a model is about training it, and not about which function its parameters are.
-TRAINING = re.compile(r'model\.(dtype|matmul|dropout|init_std|rnn\.(teacher|sampling)|'
-                      r'moe\.(dispatch|capacity|balance_loss|z_loss|bias_rate))$')
+TRAINING = re.compile(r'model\.(dtype|reduce_dtype|matmul|dropout|init_std|rnn\.(teacher|sampling)|'
+                      r'moe\.(dispatch|capacity|room|balance_loss|z_loss|bias_rate))$')
 
 
 def flatten(config, prefix: str = '') -> dict:

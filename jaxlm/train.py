@@ -75,9 +75,10 @@ def _train(config: Config, workdir: pathlib.Path, allow, mesh, clock, signals: S
   abstract = abstract_state(config, tx)
   lowered = jax.jit(make_step(config, tx, schedule), donate_argnums=0).lower(
       layout.named(abstract, mesh), abstract_batch(config, mesh))
+  options = xla.options(config.compiler_options, mesh)
   clock.mark('trace')
   with concurrent.futures.ThreadPoolExecutor(1) as pool:  # XLA compiles while the data and the state get ready
-    compiling = pool.submit(lowered.compile, xla.OPTIONS[jax.default_backend()])
+    compiling = pool.submit(lowered.compile, options)
     cache = hosts.lead_first('data cache', lambda: mixture.prepare(config, workdir, say))
     hosts.same('data cache', cache.hash)
     pipeline = mixture.make(config, cache)

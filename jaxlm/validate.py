@@ -18,7 +18,7 @@ CHOICES = {
     'objective.name': ('causal', 'next', 'prefix', 'spans', 'mask', 'pairs', 'answer', 'classify', 'tag', 'span'),
     'data.order': ('shuffled', 'contiguous'), 'data.form': ('text', 'tags', 'span', 'chat'),
     'model.mlp': ('swiglu', 'geglu', 'gelu', 'gelu_exact', 'relu', 'silu'), 'model.bias': ('none', 'all', 'qkv', 'not_qkv'),
-    'model.dtype': ('float32', 'bfloat16'), 'model.matmul': ('full', 'int8', 'fp8'),
+    'model.dtype': ('float32', 'bfloat16'), 'model.reduce_dtype': ('float32', 'bfloat16'), 'model.matmul': ('full', 'int8', 'fp8'),
     'model.attention': ('auto', 'dot_product', 'blocked', 'plain', 'splash', 'cudnn'),
     'loss.over': ('length', 'vocabulary'), 'model.remat': ('none', 'dots', *REMAT), 'model.context': ('ring', 'gather'),
     'model.rope.scaling': ('none', 'linear', 'llama3', 'yarn'),
@@ -32,7 +32,7 @@ ZERO_OK = re.compile(
     r'checkpoint\.keep_every|guard\.(spike|rollbacks|replicas_every)|watchdog\.seconds|'
     r'model\.(P|vocab|window|first|first_position|encoder_N|T|C|norm_offset|attention_scale|'
     r'attention_cap|logit_cap|dropout|lora\.rank|rnn\.(teacher|sampling)|rope\.(local_base|original)|'
-    r'pipeline\.pieces|moe\.(E|F|first|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
+    r'pipeline\.pieces|moe\.(E|F|first|room|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
     r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2))$')
 
 
@@ -59,6 +59,8 @@ def validate(c: Config) -> None:
   if m.kind == 'ngram':
     need(m.V <= 2 ** 20, 'model.V', 'an n-gram knows at most 2^20 = 1,048,576 symbols')
     need(c.steps == 1, 'steps', 'an n-gram is counted once, at step 1: set 1')
+  need(all(re.fullmatch(r'xla_\w+=\S+', word) for word in c.compiler_options.split()), 'compiler_options',
+       'wants words such as xla_name=value, with spaces between')
   need(c.batch % c.microbatches == 0, 'microbatches', f'does not divide batch={c.batch}')
   if not c.tasks:  # the objective of a mixture is its tasks'
     _objective(c, need)
@@ -213,6 +215,7 @@ def _model(m, need) -> None:
     moe = m.moe
     need(moe.F > 0, 'model.moe.F', 'wants the ffn width of an expert')
     need(m.mlp in GATED and m.bias in ('none', 'qkv'), 'model.mlp', f'experts are gated ({", ".join(GATED)}), with no bias')
+    need(moe.room == 0 or moe.room >= 1, 'model.moe.room', 'wants at least 1, the mean; or 0, for all that can come')
     need(moe.E % moe.groups == 0, 'model.moe.groups', f'does not divide model.moe.E={moe.E}')
     need(moe.top_groups <= moe.groups, 'model.moe.top_groups', f'is more than model.moe.groups={moe.groups}')
     need(moe.top_k <= moe.E // moe.groups * moe.top_groups, 'model.moe.top_k', 'is more than the experts to choose from')

@@ -1,4 +1,5 @@
 """Answers: what they are scored by, and that a model learns to give them."""
+import dataclasses
 import json
 import math
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from jaxlm import answers, config as configs, train, xla
+from jaxlm import answers, config as configs, train
 from jaxlm import lm as lms
 from jaxlm.data import sources
 from jaxlm.errors import UsageError
@@ -15,9 +16,8 @@ from tests import common
 DIGITS = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 
 
-def optimise(monkeypatch):
-  """Of hundreds of long steps it is running them that takes the time, and not the compile, which conftest.py cuts short."""
-  monkeypatch.setitem(xla.OPTIONS, 'cpu', {'xla_backend_optimization_level': 3})
+# Of hundreds of long steps it is running them that takes the time, and not the compile, which conftest.py cuts short.
+OPTIMIZED = {'compiler_options': 'xla_backend_optimization_level=3'}
 
 
 @pytest.fixture(scope='module', params=['transformer', 'llama'])
@@ -42,8 +42,7 @@ def test_a_model_learns_to_answer_and_says_how_well(trained, monkeypatch):
   import jax
   devices = jax.devices()
   monkeypatch.setattr(jax, 'devices', lambda *a: devices[:1])
-  optimise(monkeypatch)
-  train.train(config, folder / 'run')
+  train.train(dataclasses.replace(config, **OPTIMIZED), folder / 'run')
   lm = lms.load(folder / 'run')
   result, each = answers.evaluate_answers(lm, 'heldout', ['exact', 'bleu', 'chrf', 'rouge', 'f1'])
   assert result['questions'] == len(each) >= 10 and result['exact'] > 0.9, (result, each[:3])
@@ -115,15 +114,13 @@ def test_a_model_learns_from_marked_records(objective, tmp_path, monkeypatch):
   import jax
   devices = jax.devices()
   monkeypatch.setattr(jax, 'devices', lambda *a: devices[:1])
-  if objective == 'answer':
-    optimise(monkeypatch)
   rng = np.random.default_rng(0)
   (tmp_path / 'r.jsonl').write_text('\n'.join(json.dumps(_record(objective, rng)) for _ in range(500)))
   family, changes, metrics, main = RUNS[objective]
   config = common.config(family, **{
       'model.V': 320, 'objective.name': objective, 'data.tokenizer': 'bpe:290', 'data.source': f'jsonl:{tmp_path}/r.jsonl',
       'data.heldout': 0.1, 'steps': 150, 'batch': 32, 'length': 24, 'optimizer.lr': 5e-3, 'optimizer.warmup': 20, 'eval_every': 150,
-      'log_every': 100, 'mesh.fsdp': 1, **changes})
+      'log_every': 100, 'mesh.fsdp': 1, **changes, **(OPTIMIZED if objective == 'answer' else {})})
   train.train(config, tmp_path / 'run')
   logged = [json.loads(line) for line in (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()]
   held_out = [m['heldout_loss'] for m in logged if 'heldout_loss' in m]

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.models import moe
-from jaxlm.schema import ModelConfig, MoeConfig
+from jaxlm import layout
+from jaxlm.models import exchange, moe
+from jaxlm.schema import MeshConfig, ModelConfig, MoeConfig
 from jaxlm.step import even_out
 from tests import common
 
@@ -39,11 +40,11 @@ def test_dispatch_equals_a_loop_over_experts(dispatch, sizes):
   host = arrays(cfg)
   with jax.set_mesh(common.mesh_of(*sizes)):
     dims = ('BLD', 'BLS', 'BLS')
-    on = [jax.device_put(a, moe.layout.spec(d)) for a, d in zip(host, dims)] + [
-        jax.device_put(a, moe.layout.spec(d, 'weight')) for a, d in zip(host[3:], ('EDF', 'EDF', 'EFD'))]
+    on = [jax.device_put(a, layout.spec(d)) for a, d in zip(host, dims)] + [
+        jax.device_put(a, layout.spec(d, 'weight')) for a, d in zip(host[3:], ('EDF', 'EDF', 'EFD'))]
 
     def f(x, weights, gate, up, down):
-      return moe.DISPATCH[dispatch](cfg, x, weights, on[2], gate, up, down)
+      return moe.DISPATCH[dispatch](cfg, x, weights, on[2], gate, up, down)[0]
     free = [a for i, a in enumerate(on) if i != 2]
     got = jax.device_get((jax.jit(f)(*free), jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), tuple(range(5))))(*free)))
   g = lambda x, weights, gate, up, down: loop(cfg, x, weights, host[2], gate, up, down)
@@ -57,10 +58,10 @@ def test_capacity_drops_the_latest_of_the_last_choices(one_device):
   cfg = dataclasses.replace(CFG, moe=dataclasses.replace(CFG.moe, dispatch='capacity', capacity=1.))
   x, weights, experts, *mats = arrays(cfg, B=1)
   experts[:] = [0, 1]
-  got = jax.jit(lambda *a: moe.capacity(cfg, *a))(x, weights, experts, *mats)
+  got, dropped = jax.jit(lambda *a: moe.capacity(cfg, *a))(x, weights, experts, *mats)
   served = loop(cfg, x, weights, experts, *mats)
   np.testing.assert_allclose(got[:, :3], served[:, :3], rtol=1e-4, atol=1e-4)
-  assert not np.asarray(got[:, 3:]).any()
+  assert not np.asarray(got[:, 3:]).any() and dropped == 2 * 3
 
 
 def test_choices_come_from_the_best_groups_and_the_bias_only_chooses():
@@ -72,6 +73,30 @@ def test_choices_come_from_the_best_groups_and_the_bias_only_chooses():
   weights, experts = moe.choose(m, scores, np.array([0, 0, 0, 0, 0, 9], np.float32))
   assert sorted(experts[0, 0].tolist()) == [4, 5]
   np.testing.assert_allclose(weights.sum(), 2., rtol=1e-6)
+
+
+@pytest.mark.parametrize('skewed', [False, True])
+def test_what_finds_no_room_is_counted_and_passes_by(skewed, monkeypatch):
+  """Over four devices with an expert each, room for the mean: 12 rows. Where all of the 6 tokens of each device choose experts 0 and 1,
+  the first two devices' rows fill both; where choices are even, nothing is dropped."""
+  monkeypatch.setattr(exchange, 'TILE', 1)
+  cfg = dataclasses.replace(CFG, moe=dataclasses.replace(CFG.moe, room=1.))
+  x, weights, experts, *mats = arrays(cfg)
+  experts[:] = [0, 1]
+  if not skewed:
+    experts[:, 1::2] = [2, 3]
+  mesh = layout.make_mesh(MeshConfig(fsdp=1, expert=4), jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    on = [jax.device_put(a, layout.spec(d)) for a, d in zip((x, weights, experts), ('BLD', 'BLS', 'BLS'))] + [
+        jax.device_put(a, layout.spec(d, 'weight')) for a, d in zip(mats, ('EDF', 'EDF', 'EFD'))]
+    f = lambda x, *mats: moe.dropless(cfg, x, *on[1:3], *mats)
+    got, dropped = jax.jit(f)(on[0], *on[3:])
+    slopes = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a)[0])), (0, 1, 2, 3)))(on[0], *on[3:])
+  served = np.float32([1, 1, 0, 0] if skewed else [1, 1, 1, 1])[:, None, None]
+  g = lambda x, *mats: loop(cfg, x, weights, experts, *mats) * served
+  assert dropped == (24 if skewed else 0)
+  np.testing.assert_allclose(got, g(x, *mats), rtol=1e-4, atol=1e-4)
+  common.assert_trees_close(slopes, jax.grad(lambda *a: jnp.sum(jnp.sin(g(*a))), (0, 1, 2, 3))(x, *mats), rtol=1e-4, atol=1e-4)
 
 
 def test_router_report_by_hand(one_device):

@@ -16,13 +16,24 @@ MOE = {'model.moe.E': 8, 'model.moe.F': 512}
 
 
 @functools.cache
-def step(*changes):
-  return compiling.step(configs.from_flat({**SMALL, **dict(changes)}), 'v5e:2x4')
+def step(topology, *changes):
+  return compiling.step(configs.from_flat({**SMALL, **dict(changes)}), topology)
 
 
-def compiled(changes):
+def compiled(changes, topology='v5e:2x4'):
   """Once, for all tests that look at it."""
-  return step(*({'model.remat': 'full'} | changes).items())
+  return step(topology, *({'model.remat': 'full'} | changes).items())
+
+
+@pytest.mark.parametrize('topology', ['v5p:2x2x2', 'v6e:2x4', 'tpu7x:2x2x1'])
+def test_later_chips_send_by_their_sparse_cores(topology):
+  """Weights of D = 1,024, of which a device has 128, whole lanes: all are gathered twice in bfloat16 and their gradients summed once in
+  float32, asynchronously, and hlo.py counts every byte. (On so few chips a compiler may sum and then cut, in place of scattering.)"""
+  c = compiled({'model.D': 1024, 'model.F': 4096, 'model.H': 2, 'model.N': 3, 'mesh.fsdp': 8}, topology)
+  weights = 4 * 1024 * 2 * 128 + 3 * 1024 * 4096  # q, k, v, o; gate, up, down
+  of_layers = lambda *kinds: sum(op.bytes for op in hlo.collectives(c.ops) if op.kind in kinds and op.times == 3 and op.is_async)
+  assert of_layers('all-gather') == 2 * 2 * weights
+  assert of_layers('reduce-scatter', 'all-reduce') == 4 * weights
 
 
 def in_layers(c):

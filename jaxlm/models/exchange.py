@@ -1,61 +1,91 @@
 """Rows that go to the device of mesh.expert that has their expert, and what is made of them, which comes back.
 
-Dropless: how many rows a device gets is known only when the router has spoken, so buffers hold the most that can come.
+How many rows a device gets is known only when the router has spoken. Its buffer holds the most that can come, or moe.room times the
+mean: then what does not fit stays behind, is counted, and passes by on the residual stream.
 """
 import functools
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import layout
+from jaxlm.models import sorting
 
 AXIS = 'expert'
+TILE = 512  # rows of a kernel's tile (kernels/grouped.py): buffers are multiples
 
 
-def at_experts(say, rows_TD, sizes_E, choices: int):
-  """out_TD of rows sorted by expert, under shard_map. sizes_E: rows of each of all experts; say(rows, sizes of this device's
-  experts) is asked where the experts are; choices: experts a token, all different."""
-  X, T = jax.lax.axis_size(AXIS), rows_TD.shape[0]
+class Route(NamedTuple):
+  """Of rows between devices, all int32 [from, to]: how many, and where they begin with the sender and with the receiver."""
+  sizes_XX: jax.Array
+  at_sender_XX: jax.Array
+  at_receiver_XX: jax.Array
+
+  def back(self) -> 'Route':
+    return Route(self.sizes_XX.T, self.at_receiver_XX.T, self.at_sender_XX.T)
+
+
+def room(share: float, rows: int, choices: int, devices: int, own: int) -> int:
+  """Rows that a device has room for. rows: of a device before the exchange; own: experts of a device; share: moe.room, 0 for no bound."""
+  most = devices * (rows // choices) * min(choices, own)
+  return min(most, -(-math.ceil(share * rows) // TILE) * TILE) if share else most
+
+
+def at_experts(say, rows_TD, sizes_E, choices: int, share: float):
+  """(out_TD, rows that found no room, of which out is 0) of rows sorted by expert, under shard_map. sizes_E: rows of each of all
+  experts; say(rows, sizes of this device's experts) is asked where the experts are; choices: experts a token, all different."""
+  X, T, me = jax.lax.axis_size(AXIS), rows_TD.shape[0], jax.lax.axis_index(AXIS)
   own = sizes_E.shape[0] // X
-  counts_XE = jax.lax.all_gather(sizes_E, AXIS)  # of each device's rows
+  most = room(share, T, choices, X, own)
+  counts_XE = jax.lax.all_gather(sizes_E, AXIS).astype(jnp.int32)  # of each device's rows
   rows_XX = counts_XE.reshape(X, X, own).sum(-1)  # from, to
-  most = X * (T // choices) * min(choices, own)
-  counts_XE = jax.lax.dynamic_slice_in_dim(counts_XE, jax.lax.axis_index(AXIS) * own, own, 1)  # of this device's experts
-  came_TD = _send(most, rows_XX, rows_TD)
+  fit_XX = jnp.clip(most - _before(rows_XX, 0), 0, rows_XX)
+  route = Route(fit_XX, _before(rows_XX, 1), _before(fit_XX, 0))
+  counts_XE = jax.lax.dynamic_slice_in_dim(counts_XE, me * own, own, 1)  # of this device's experts
+  counts_XE = jnp.clip(fit_XX[:, me, None] - _before(counts_XE, 1), 0, counts_XE)
+  came_TD = _send(most, route, rows_TD)
   end_N = jnp.cumsum(counts_XE.reshape(-1))  # they came by device, then expert
   run_T = (jnp.arange(most)[:, None] >= end_N[None]).sum(-1)
   expert_T = jnp.where(run_T < X * own, run_T % own, own)
   order_T = jnp.argsort(expert_T, stable=True)
-  said_TD = say(came_TD[order_T], counts_XE.sum(0))
-  return _send(T, rows_XX.T, jnp.zeros_like(said_TD).at[order_T].set(said_TD))
+  said_TD = say(sorting.to_experts(came_TD, order_T, 1), counts_XE.sum(0))
+  out_TD = _send(T, route.back(), sorting.from_experts(said_TD, order_T, 1))
+  return out_TD, (rows_XX - fit_XX)[me].sum()
+
+
+def _before(sizes, axis: int):
+  """Where each begins, if they follow each other along `axis`."""
+  return (jnp.cumsum(sizes, axis) - sizes).astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send(size: int, rows_XX, rows_TD):
-  """What this device gets, [size, D], by sender, where each has rows_XX[from, to] rows for each, in the order of receivers."""
+def _send(size: int, route: Route, rows_TD):
+  """What this device gets, [size, D]; 0 where nothing comes to."""
   me = jax.lax.axis_index(AXIS)
-  before = lambda axis: (jnp.cumsum(rows_XX, axis) - rows_XX).astype(jnp.int32)
-  at_sender_XX, at_receiver_XX = before(1), before(0)
+  sizes_XX, at_sender_XX, at_receiver_XX = route
   if layout.platform() in ('tpu', 'gpu'):
     empty = jnp.zeros((size, rows_TD.shape[1]), rows_TD.dtype)
-    return jax.lax.ragged_all_to_all(rows_TD, empty, at_sender_XX[me], rows_XX[me], at_receiver_XX[me], rows_XX[:, me], axis_name=AXIS)
+    return jax.lax.ragged_all_to_all(rows_TD, empty, at_sender_XX[me], sizes_XX[me], at_receiver_XX[me], sizes_XX[:, me], axis_name=AXIS)
   all_XTD = jax.lax.all_gather(rows_TD, AXIS)  # XLA's CPU backend has no ragged all-to-all
   n_T = jnp.arange(size)
-  end_X = at_receiver_XX[:, me] + rows_XX[:, me]
-  sender_T = jnp.minimum((n_T[:, None] >= end_X[None]).sum(-1), len(end_X) - 1)
-  place_T = n_T - at_receiver_XX[sender_T, me] + at_sender_XX[sender_T, me]
-  return jnp.where((n_T < end_X[-1])[:, None], all_XTD[sender_T, jnp.minimum(place_T, rows_TD.shape[0] - 1)], 0)
+  sender_T = jnp.maximum((n_T[:, None] >= at_receiver_XX[None, :, me]).sum(-1) - 1, 0)
+  place_T = n_T - at_receiver_XX[sender_T, me]
+  comes_T = place_T < sizes_XX[sender_T, me]
+  place_T = jnp.minimum(place_T + at_sender_XX[sender_T, me], rows_TD.shape[0] - 1)
+  return jnp.where(comes_T[:, None], all_XTD[sender_T, place_T], 0)
 
 
-def _forward(size, rows_XX, rows_TD):
-  return _send(size, rows_XX, rows_TD), (rows_XX, rows_TD.shape[0])
+def _forward(size, route, rows_TD):
+  return _send(size, route, rows_TD), (route, rows_TD.shape[0])
 
 
 def _backward(size, saved, g_TD):
   del size
-  rows_XX, T = saved
-  return np.zeros(rows_XX.shape, jax.dtypes.float0), _send(T, rows_XX.T, g_TD)
+  route, T = saved
+  return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), route), _send(T, route.back(), g_TD)
 
 
 _send.defvjp(_forward, _backward)

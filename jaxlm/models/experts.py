@@ -30,10 +30,10 @@ def _by_stage(f):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def say(mlp: str, rows_TD, sizes_E, gate_EDF, up_EDF, down_EFD):
-  """[T, D]: (f(rows·gate) ⊙ rows·up)·down of each row's expert, f as `mlp` names it; the first sizes[0] rows are of expert 0, and
+def say(mlp: str, rows_TD, sizes_E, gate_EDF, up_EDF, down_EDF):
+  """[T, D]: (f(rows·gate) ⊙ rows·up)·downᵀ of each row's expert, f as `mlp` names it; the first sizes[0] rows are of expert 0, and
   so on. Rows beyond their sum are of none, and what is said of them may be anything. Under shard_map."""
-  return _forward(mlp, rows_TD, sizes_E, gate_EDF, up_EDF, down_EFD)[0]
+  return _forward(mlp, rows_TD, sizes_E, gate_EDF, up_EDF, down_EDF)[0]
 
 
 @_by_stage
@@ -42,35 +42,40 @@ def _dots(rows_TD, sizes_E, gate_EDF, up_EDF):
 
 
 @_by_stage
-def _dot(rows_TF, sizes_E, down_EFD):
-  return (grouped.product(rows_TF, down_EFD, sizes_E),)
+def _dot(rows_TF, sizes_E, down_EDF):
+  return (grouped.product(rows_TF, down_EDF, sizes_E, transposed=True),)
 
 
 @_by_stage
-def _slopes(rows_TD, sizes_E, w_EDF, g_TF):
-  return grouped.slopes(rows_TD, w_EDF, sizes_E, g_TF)
+def _slopes_in(rows_TD, sizes_E, w_EDF, g_TF):
+  return grouped.product(g_TF, w_EDF, sizes_E, transposed=True), grouped.outer(rows_TD, g_TF, sizes_E)
+
+
+@_by_stage
+def _slopes_out(rows_TF, sizes_E, down_EDF, g_TD):
+  return grouped.product(g_TD, down_EDF, sizes_E), grouped.outer(g_TD, rows_TF, sizes_E)
 
 
 def _gated(mlp: str):
   return lambda gate_TF, up_TF: MLPS[mlp](gate_TF) * up_TF
 
 
-def _forward(mlp, rows_TD, sizes_E, gate_EDF, up_EDF, down_EFD):
+def _forward(mlp, rows_TD, sizes_E, gate_EDF, up_EDF, down_EDF):
   rows_TD = tag(rows_TD, 'experts_in')
   gate_TF, up_TF = _dots(rows_TD, sizes_E, gate_EDF, up_EDF)
   gate_TF, up_TF = tag(gate_TF, 'gate'), tag(up_TF, 'up')
-  out_TD, = _dot(_gated(mlp)(gate_TF, up_TF), sizes_E, down_EFD)
-  return out_TD, (rows_TD, sizes_E, gate_TF, up_TF, gate_EDF, up_EDF, down_EFD)
+  out_TD, = _dot(_gated(mlp)(gate_TF, up_TF), sizes_E, down_EDF)
+  return out_TD, (rows_TD, sizes_E, gate_TF, up_TF, gate_EDF, up_EDF, down_EDF)
 
 
 def _backward(mlp, saved, g_TD):
-  rows_TD, sizes_E, gate_TF, up_TF, gate_EDF, up_EDF, down_EFD = saved
+  rows_TD, sizes_E, gate_TF, up_TF, gate_EDF, up_EDF, down_EDF = saved
   hidden_TF, back = jax.vjp(_gated(mlp), gate_TF, up_TF)
-  d_hidden_TF, d_down_EFD = _slopes(hidden_TF, sizes_E, down_EFD, g_TD)
+  d_hidden_TF, d_down_EDF = _slopes_out(hidden_TF, sizes_E, down_EDF, g_TD)
   of_gate_TF, of_up_TF = back(d_hidden_TF)
-  rows1_TD, d_gate_EDF = _slopes(rows_TD, sizes_E, gate_EDF, of_gate_TF)
-  rows2_TD, d_up_EDF = _slopes(rows_TD, sizes_E, up_EDF, of_up_TF)
-  return rows1_TD + rows2_TD, None, d_gate_EDF, d_up_EDF, d_down_EFD
+  rows1_TD, d_gate_EDF = _slopes_in(rows_TD, sizes_E, gate_EDF, of_gate_TF)
+  rows2_TD, d_up_EDF = _slopes_in(rows_TD, sizes_E, up_EDF, of_up_TF)
+  return rows1_TD + rows2_TD, None, d_gate_EDF, d_up_EDF, d_down_EDF
 
 
 say.defvjp(_forward, _backward)

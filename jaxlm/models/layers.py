@@ -19,12 +19,12 @@ def use(w, dims: str, dtype):
   return jax.sharding.reshard(w.astype(dtype), layout.spec(dims, 'gathered'))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def contract(eqn: str, dtype, x, w):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 4))
+def contract(eqn: str, dtype, x, w, reduce_dtype: str = 'float32'):
   """einsum of activations x with a weight w, as 'BLD,DHK->BLHK', with a backward pass of its own.
 
   A master weight, cut over fsdp, is gathered here and again in the backward pass, so that only the cut one is kept between
-  them, and its gradient is reduce-scattered in float32 (ZeRO-3, Rajbhandari et al. 2020). A weight that is gathered already,
+  them, and its gradient is reduce-scattered (ZeRO-3, Rajbhandari et al. 2020), in reduce_dtype. A weight that is gathered already,
   for loops that use it more than once, has a gradient that is so too. dtype: of the result, None for x's.
   In the gradient of w the smaller operand comes first: on CPU that makes a SwiGLU's step 1.5 × as fast as JAX's own order.
   """
@@ -49,18 +49,20 @@ def _split(eqn: str) -> tuple[str, str, str]:
   return *operands.split(','), out_dims
 
 
-def _contract_forward(eqn, dtype, x, w):
+def _contract_forward(eqn, dtype, x, w, reduce_dtype):
+  del reduce_dtype
   return _contract(eqn, dtype, x, w), (x, w)  # not by `contract`, whose inside no policy of what is kept (remat.py) would see
 
 
-def _contract_backward(eqn, dtype, saved, g):
+def _contract_backward(eqn, dtype, reduce_dtype, saved, g):
   del dtype
-  dx, dw = contract_gradients(eqn, *saved, g)
+  dx, dw = contract_gradients(eqn, *saved, g, reduce_dtype)
   return dx, dw.astype(saved[1].dtype)
 
 
-def contract_gradients(eqn: str, x, w, g):
-  """The gradients (dx in x's dtype, dw in float32) of `contract` where its result has the gradient g."""
+def contract_gradients(eqn: str, x, w, g, reduce_dtype: str = 'float32'):
+  """The gradients (dx in x's dtype, dw in reduce_dtype, in which it is summed over devices) of `contract` where its result has the
+  gradient g."""
   x_dims, w_dims, out_dims = _split(eqn)
   g = g.astype(x.dtype)
   dx = jnp.einsum(f'{out_dims},{w_dims}->{x_dims}', g, use(w, w_dims, x.dtype), out_sharding=jax.typeof(x).sharding.spec)
@@ -69,7 +71,7 @@ def contract_gradients(eqn: str, x, w, g):
   size = dict(zip(w_dims, w.shape))
   (dims1, in1, a1), (dims2, in2, a2) = sorted(sides, key=lambda side: math.prod(size[d] for d in side[0]))
   dims, axes = both + dims1 + dims2, dict(zip(w_dims, jax.typeof(w).sharding.spec))
-  dw = _einsum(f'{in1},{in2}->{dims}', a1, a2, jax.P(*(axes[d] for d in dims)), jnp.float32)
+  dw = _einsum(f'{in1},{in2}->{dims}', a1, a2, jax.P(*(axes[d] for d in dims)), jnp.dtype(reduce_dtype))
   return dx, jnp.transpose(dw, [dims.index(d) for d in w_dims])
 
 
@@ -96,7 +98,7 @@ class Einsum(nn.Module):
     _, w_dims, out_dims = _split(self.eqn)
     std = cfg.init_std / (2 * cfg.N) ** 0.5 if self.out else cfg.init_std
     w = self.param('w', normal(std, w_dims), tuple(map(size, w_dims)))
-    y = contract(self.eqn, None, x, w) if cfg.matmul == 'full' else quantised.contract(self.eqn, cfg.matmul, x, w)
+    y = contract(self.eqn, None, x, w, cfg.reduce_dtype) if cfg.matmul == 'full' else quantised.contract(self.eqn, cfg.matmul, x, w)
     if cfg.bias == 'all' or (cfg.bias != 'none' and (cfg.bias == 'qkv') == (self.name in ('q', 'k', 'v'))):
       b_dims = ''.join(d for d in out_dims if d in w_dims)
       b = self.param('bias', functools.partial(nn.initializers.zeros, out_sharding=layout.spec(b_dims, 'weight')),

@@ -1,7 +1,7 @@
 """Mixtures of experts (Shazeer et al. 2017): a router sends each token to top_k of E gated mlps.
 
 A new way to send them is a function and a line of DISPATCH: (cfg, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF,
-down_EFD) → y_BLD, S being the top_k choices. Both agree with a loop over experts in tests/test_moe.py.
+down_EFD) → (y_BLD, choices that no expert took, float32), S being the top_k choices. Both agree with a loop over experts in tests/test_moe.py.
 """
 import functools
 import math
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm import layout
-from jaxlm.models import exchange, experts
-from jaxlm.models.layers import MLPS, Mlp, contract, normal, use
+from jaxlm.models import exchange, experts, sorting
+from jaxlm.models.layers import MLPS, Mlp, contract, normal
 from jaxlm.remat import tag
 from jaxlm.schema import ModelConfig, MoeConfig
 
@@ -23,6 +23,7 @@ class Moe(nn.Module):
   balance  E · Σ_e share of choices · mean score (Switch Transformer, eq. 4), 1 when even
   z        mean log²Σexp of the router's logits (ST-MoE, eq. 5)
   load_E   choices an expert got, a count
+  dropped  choices that no expert took, for want of room; those of padding too
   """
   cfg: ModelConfig
 
@@ -40,10 +41,10 @@ class Moe(nn.Module):
     logits_BLE = jnp.einsum('BLD,DE->BLE', x_BLD.astype(jnp.float32), router_DE, out_sharding=jax.P(*layout.spec('BL'), None))
     scores_BLE = SCORES[moe.score](logits_BLE)
     weights_BLS, experts_BLS = choose(moe, scores_BLE, bias_E)
-    y_BLD = DISPATCH[moe.dispatch](cfg, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD)
+    y_BLD, dropped = DISPATCH[moe.dispatch](cfg, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD)
     if moe.shared:
       y_BLD += Mlp(cfg, moe.shared, name='shared')(x_BLD)
-    return y_BLD, _report(moe, logits_BLE, scores_BLE, experts_BLS, real_BL)
+    return y_BLD, {**_report(moe, logits_BLE, scores_BLE, experts_BLS, real_BL), 'dropped': dropped}
 
 
 SCORES = {'softmax': functools.partial(jax.nn.softmax, axis=-1), 'sigmoid': jax.nn.sigmoid}
@@ -78,30 +79,45 @@ def _report(moe: MoeConfig, logits_BLE, scores_BLE, experts_BLS, real_BL):
 
 
 def dropless(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD):
-  """Every token reaches its experts: choices are sorted by expert on each device, and each run of rows is
-  multiplied with its expert's matrix (MegaBlocks, Gale et al. 2022; kernels/grouped.py). Over mesh.expert, choices go to the device that has
-  their expert, and what it says comes back (exchange.py)."""
+  """Every token reaches its experts: choices are sorted by expert on each device, and each run of rows is multiplied with its expert's
+  matrix (MegaBlocks, Gale et al. 2022; kernels/grouped.py). Over mesh.expert, choices go to the device that has their expert, and what
+  it says comes back (exchange.py).
 
-  def local(x_BLD, weights_BLS, experts_BLS, *weights):
+  Weights are gathered inside the shard_map, so that their gradients are scattered over the devices that share them; gathered outside,
+  they would be summed whole on every device. `down` is turned before it is gathered: joined along their last axis, its pieces would
+  have to be copied."""
+  weights = (gate_EDF, up_EDF, jnp.swapaxes(down_EFD, 1, 2))
+  specs = [jax.typeof(w).sharding.spec for w in weights]
+
+  def local(x_BLD, weights_BLS, experts_BLS, *cut):
     S, (B, L, D) = experts_BLS.shape[-1], x_BLD.shape
+    whole = [_gathered(w_EDF, 'EDF', spec) for w_EDF, spec in zip(cut, specs)]
     order_T = jnp.argsort(experts_BLS.reshape(-1), stable=True)
     sizes_E = jnp.bincount(experts_BLS.reshape(-1), length=cfg.moe.E).astype(jnp.int32)
-    rows_TD = x_BLD.reshape(-1, D)[order_T // S]
+    rows_TD = sorting.to_experts(x_BLD.reshape(-1, D), order_T, S)
+    say, dropped = lambda rows_TD, sizes_E: experts.say(cfg.mlp, rows_TD, sizes_E, *whole), 0
     if jax.lax.axis_size('expert') > 1:
-      out_TD = exchange.at_experts(lambda rows, sizes: experts.say(cfg.mlp, rows, sizes, *weights), rows_TD, sizes_E, S)
+      out_TD, dropped = exchange.at_experts(say, rows_TD, sizes_E, S, cfg.moe.room)
     else:
-      out_TD = experts.say(cfg.mlp, rows_TD, sizes_E, *weights)
+      out_TD = say(rows_TD, sizes_E)
     out_TD = tag(out_TD, 'experts_out')
     out_TD *= weights_BLS.reshape(-1)[order_T][:, None].astype(out_TD.dtype)
-    y_BLD = jnp.zeros((B * L, D), out_TD.dtype).at[order_T // S].add(out_TD).reshape(B, L, D)
-    return jax.lax.psum(y_BLD, 'tensor')
+    y_BLD = sorting.from_experts(out_TD, order_T, S).reshape(B, L, D)
+    dropped = jax.lax.psum(jnp.float32(dropped), (*layout.ACT['B'], 'context'))
+    return jax.lax.psum(y_BLD, 'tensor'), dropped
 
-  dims = ('BLD', 'BLS', 'BLS')
-  in_specs = (*map(layout.spec, dims), *(layout.spec(d, 'gathered') for d in ('EDF', 'EDF', 'EFD')))
-  weights = (use(w, d, x_BLD.dtype) for w, d in ((gate_EDF, 'EDF'), (up_EDF, 'EDF'), (down_EFD, 'EFD')))
+  in_specs = (*map(layout.spec, ('BLD', 'BLS', 'BLS')), *specs)
   # check_vma: kernels do not say along which axes their results vary
-  return jax.shard_map(local, in_specs=in_specs, out_specs=layout.spec('BLD'), check_vma=False)(
-      x_BLD, weights_BLS, experts_BLS, *weights)
+  return jax.shard_map(local, in_specs=in_specs, out_specs=(layout.spec('BLD'), jax.P()), check_vma=False)(
+      x_BLD, weights_BLS, experts_BLS, *(w_EDF.astype(x_BLD.dtype) for w_EDF in weights))
+
+
+def _gathered(w, dims: str, spec):
+  """What a device has of a weight, cut as `spec` says → what it uses of it, under shard_map."""
+  for n, (d, cut) in enumerate(zip(dims, spec)):
+    over = tuple(axis for axis in ((cut,) if isinstance(cut, str) else cut or ()) if axis not in layout.axes(d, 'gathered'))
+    w = jax.lax.all_gather(w, over, axis=n, tiled=True) if over else w
+  return w
 
 
 def capacity(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD):
@@ -112,16 +128,17 @@ def capacity(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF
   C = min(L * S, math.ceil(moe.capacity * L * S / moe.E))
   hit_BSLE = jax.nn.one_hot(jnp.swapaxes(experts_BLS, 1, 2), moe.E, dtype=jnp.int32)
   before_BSLE = jnp.cumsum(hit_BSLE.reshape(B, S * L, moe.E), 1).reshape(hit_BSLE.shape) - hit_BSLE
+  dropped = jnp.sum(hit_BSLE * (before_BSLE >= C)).astype(jnp.float32)
   slot_BSLEC = jax.nn.one_hot(before_BSLE, C) * hit_BSLE[..., None]  # places from C on are no place
   send_BLEC = slot_BSLEC.sum(1).astype(x_BLD.dtype)
   back_BLEC = jnp.sum(slot_BSLEC * jnp.swapaxes(weights_BLS, 1, 2)[..., None, None], 1).astype(x_BLD.dtype)
   rows_BECD = jnp.einsum('BLEC,BLD->BECD', send_BLEC, x_BLD, out_sharding=layout.spec('B'))
   rows_BECD = tag(jax.sharding.reshard(rows_BECD, layout.spec('BECD')), 'experts_in')  # over mesh.expert, rows go to their experts …
-  in_BECF = lambda w_EDF: contract('BECD,EDF->BECF', None, rows_BECD, w_EDF)
+  in_BECF = lambda w_EDF: contract('BECD,EDF->BECF', None, rows_BECD, w_EDF, cfg.reduce_dtype)
   hidden_BECF = MLPS[cfg.mlp](tag(in_BECF(gate_EDF), 'gate')) * tag(in_BECF(up_EDF), 'up')
-  out_BECD = contract('BECF,EFD->BECD', None, hidden_BECF, down_EFD)
+  out_BECD = contract('BECF,EFD->BECD', None, hidden_BECF, down_EFD, cfg.reduce_dtype)
   out_BECD = tag(jax.sharding.reshard(out_BECD, layout.spec('B')), 'experts_out')  # … and come back
-  return jnp.einsum('BLEC,BECD->BLD', back_BLEC, out_BECD, out_sharding=layout.spec('BLD'))
+  return jnp.einsum('BLEC,BECD->BLD', back_BLEC, out_BECD, out_sharding=layout.spec('BLD')), dropped
 
 
 DISPATCH = {'dropless': dropless, 'capacity': capacity}

@@ -119,5 +119,5 @@ def _over_layers(reports, busy_TS, round_TS, rounds: int, pieces: int):
   def one(name, a):
     a = jax.sharding.reshard(a, jax.P())
     total = jnp.einsum('TSN...,TSR->RSN...', a, share_TSR)
-    return total.reshape(-1, *a.shape[3:]) / (1 if name == 'load_E' else pieces)
+    return total.reshape(-1, *a.shape[3:]) / (1 if name in ('load_E', 'dropped') else pieces)
   return {name: one(name, a) for name, a in reports.items()}

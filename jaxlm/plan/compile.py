@@ -3,6 +3,7 @@
 Nothing is allocated and no chip is touched. It wants the compilers: for TPUs the package libtpu, for GPUs XLA's CUDA plugin with
 ptxas and cuDNN (`pip install 'jaxlm[pods]'`).
 """
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import time
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlm import layout, xla
 from jaxlm.errors import UsageError
@@ -82,22 +84,35 @@ def step(config: Config, topology: str, slices: int = 1) -> Compiled:
     state = layout.named(abstract_state(config, tx), mesh)
     lowered = jax.jit(make_step(config, tx, schedule), donate_argnums=0).trace(state, abstract_batch(config, mesh)).lower(
         lowering_platforms=('cuda' if pod.is_gpu else 'tpu',))
-  return of(lowered, mesh, xla.OPTIONS['gpu' if pod.is_gpu else 'tpu'])
+  with _uncached():
+    options = xla.options(config.compiler_options, mesh)
+  return of(lowered, mesh, options)
+
+
+@contextlib.contextmanager
+def _uncached():
+  """Without JAX's cache of compiled programs: what it would keep cannot be loaded where there is no chip. JAX decides only once whether
+  it has one, so it is made to decide anew."""
+  cached = jax.config.jax_enable_compilation_cache
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_compilation_cache', cached)
+    compilation_cache.reset_cache()
 
 
 def of(lowered, mesh, options: dict[str, str] | None = None) -> Compiled:
   """What the compiler makes of any step that was lowered for devices of this mesh. DoesNotFit."""
   start = time.monotonic()
-  cached = jax.config.jax_enable_compilation_cache
-  jax.config.update('jax_enable_compilation_cache', False)  # what it would keep cannot be loaded where there is no chip
   try:
-    compiled = lowered.compile(compiler_options=options)
+    with _uncached():
+      compiled = lowered.compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' in str(e):
       raise DoesNotFit(str(e).splitlines()[0]) from e
     raise
-  finally:
-    jax.config.update('jax_enable_compilation_cache', cached)
   seconds, memory, text = time.monotonic() - start, compiled.memory_analysis(), compiled.as_text()
   return Compiled(dict(mesh.shape), memory.argument_size_in_bytes / GIB, memory.temp_size_in_bytes / GIB,
                   memory.peak_memory_in_bytes / GIB, seconds, text, hlo.read(text))

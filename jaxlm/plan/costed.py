@@ -1,4 +1,6 @@
 """How long a compiled step takes by its own compiler's estimates."""
+import collections
+import dataclasses
 import re
 
 from jaxlm.kernels import grouped
@@ -7,32 +9,77 @@ from jaxlm.plan.compile import Compiled
 from jaxlm.plan.job import Job
 
 
+@dataclasses.dataclass(frozen=True)
+class Sent:
+  """What a device sends by collectives in a step: bytes, and of these the share that goes on beside other work, by kind."""
+  kind: str
+  bytes: float
+  hidden: float
+
+
 def seconds(j: Job, c: Compiled) -> dict[str, float] | None:
   """{'fusions', 'kernels', 'waits'} of a device: what the TPU's compiler estimates of its fusions and copies; the kernels of
-  attention and of experts, of which it says nothing, at the shares of peak that roofline.REACHED has; and collectives that nothing
-  runs beside, at the rate of all links. None for chips whose compiler estimates nothing, or whose clock is not known."""
-  chip = j.pod.chip
-  if not chip.hertz:
+  attention and of experts, of which it says nothing, at the shares of peak that roofline.REACHED has; and what of the collectives
+  is waited for. None for chips whose compiler estimates nothing, or whose clock is not known."""
+  if not j.pod.chip.hertz:
     return None
+  waits, _ = _schedule(j, c.ops)
+  return {'fusions': hlo.seconds(c.ops, j.pod.chip.hertz), 'kernels': sum(_kernels(j, c.ops).values()), 'waits': waits}
+
+
+def sent(j: Job, c: Compiled) -> list[Sent]:
+  """The collectives of a step, by kind, the most bytes first. Where nothing is known of time, what is asynchronous counts as hidden."""
+  total, hidden = collections.Counter(), collections.Counter()
+  _, shares = _schedule(j, c.ops)
+  for op, share in shares:
+    total[op.kind] += op.times * op.bytes
+    hidden[op.kind] += op.times * op.bytes * share
+  return [Sent(kind, size, hidden[kind] / size) for kind, size in total.most_common() if size]
+
+
+def _schedule(j: Job, ops: list[hlo.Op]) -> tuple[float, list[tuple[hlo.Op, float]]]:
+  """(seconds that a device waits for collectives, (collective, share of it that is hidden) for each): the compiled schedule, played
+  with the compiler's cycles and with links that serve one collective after another. The body of a loop is played once and counts as
+  often as it runs; a collective that ends in the next turn of its loop counts as hidden."""
+  chip, kernels = j.pod.chip, _kernels(j, ops)
+  rate = chip.link * max(chip.links, 1) / chip.devices
+  needs = {op.name: op.bytes * (2 if op.kind == 'all-reduce' else 1) / rate for op in hlo.collectives(ops)}
+  now = free = waits = 0.
+  ends, waited = {}, {}
+  for op in ops:
+    if op.name in needs:
+      ends[op.name] = free = max(free, now) + needs[op.name]
+    ended = op.waits_for if op.kind == 'done' else op.name if not op.is_async else ''
+    if ended in ends:
+      waited[ended] = max(0., ends.pop(ended) - now)
+      waits += op.times * waited[ended]
+      now += waited[ended]
+    now += (op.cycles / chip.hertz if chip.hertz else 0.) + kernels.get(op.name, 0.) / op.times
+  return waits, [(op, 1 - min(1., waited.get(op.name, 0.) / needs[op.name])) for op in hlo.collectives(ops) if op.bytes]
+
+
+def _kernels(j: Job, ops: list[hlo.Op]) -> dict[str, float]:
+  """Seconds in a step of each kernel that was written by hand, by name: attention's share its time evenly."""
   *_, attention = roofline.flops(j)
-  kernels = attention / (chip.bf16 / chip.devices) / roofline.attention_share(j, roofline.REACHED['tpu']) + _experts(j, c.ops)
-  waits = sum(op.times * op.bytes * (2 if op.kind == 'all-reduce' else 1) for op in hlo.collectives(c.ops) if not op.is_async)
-  return {'fusions': hlo.seconds(c.ops, chip.hertz), 'kernels': kernels,
-          'waits': waits / (chip.link * chip.links / chip.devices)}
+  chip, found = j.pod.chip, _experts(j, ops)
+  total = attention / (chip.bf16 / chip.devices) / roofline.attention_share(j, roofline.REACHED['gpu' if j.pod.is_gpu else 'tpu'])
+  others = [op for op in hlo.kernels(ops) if op.name not in found and 'splash' in op.name]
+  runs = sum(op.times for op in others)
+  return found | ({op.name: total * op.times / runs for op in others} or {'attention': total})
 
 
-def _experts(j: Job, ops: list[hlo.Op]) -> float:
-  """Of grouped products, were experts even: as other products, or as fast as HBM feeds a kernel's tiles; of each expert but the
+def _experts(j: Job, ops: list[hlo.Op]) -> dict[str, float]:
+  """Of grouped products, by name, were experts even: as other products, or as fast as HBM feeds a kernel's tiles; of each expert but the
   first, a tile is visited twice."""
   moe, chip = j.config.model.moe, j.pod.chip
   rows = j.tokens / (j.config.model.pipeline.pieces or j.mesh['stage']) * moe.top_k
   flops = 2 * rows * j.config.model.D * moe.F / j.shards('F')
-  out = 0.
+  out, tiles = {}, grouped.SMALL if j.pod.kind == 'v4' else grouped.LARGE
   for op in hlo.kernels(ops):
     kind = re.match(r't?gmm\b', op.name)
     if kind:
-      high, deep, wide = grouped.PRODUCT if kind[0] == 'gmm' else grouped.OUTER
+      high, deep, wide = tiles.product if kind[0] == 'gmm' else tiles.outer
       a, b = (high, wide) if kind[0] == 'gmm' else (deep, wide)  # products are over what is left, and read both of these
       rate = min(roofline.REACHED['tpu'].products * chip.bf16, a * b / (a + b) * chip.bandwidth) / chip.devices
-      out += op.times * flops * (1 + (moe.E / j.shards('E') - 1) * high / rows) / rate
+      out[op.name] = op.times * flops * (1 + (moe.E / j.shards('E') - 1) * high / rows) / rate
   return out
