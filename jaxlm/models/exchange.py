@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import layout
+from jaxlm.kernels import grouped
 from jaxlm.models import sorting
 
 AXIS = 'expert'
@@ -46,13 +47,13 @@ def at_experts(say, rows_TD, sizes_E, choices: int, share: float):
   route = Route(fit_XX, _before(rows_XX, 1), _before(fit_XX, 0))
   counts_XE = jax.lax.dynamic_slice_in_dim(counts_XE, me * own, own, 1)  # of this device's experts
   counts_XE = jnp.clip(fit_XX[:, me, None] - _before(counts_XE, 1), 0, counts_XE)
-  came_TD = _send(most, route, rows_TD)
+  came_TD = _send(most, (False, share > 0), route, rows_TD)
   end_N = jnp.cumsum(counts_XE.reshape(-1))  # they came by device, then expert
   run_T = (jnp.arange(most)[:, None] >= end_N[None]).sum(-1)
   expert_T = jnp.where(run_T < X * own, run_T % own, own)
   order_T = jnp.argsort(expert_T, stable=True)
   said_TD = say(sorting.to_experts(came_TD, order_T, 1), counts_XE.sum(0))
-  out_TD = _send(T, route.back(), sorting.from_experts(said_TD, order_T, 1))
+  out_TD = _send(T, (share > 0, False), route.back(), sorting.from_experts(said_TD, order_T, 1))
   return out_TD, (rows_XX - fit_XX)[me].sum()
 
 
@@ -61,31 +62,34 @@ def _before(sizes, axis: int):
   return (jnp.cumsum(sizes, axis) - sizes).astype(jnp.int32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send(size: int, route: Route, rows_TD):
-  """What this device gets, [size, D]; 0 where nothing comes to."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send(size: int, clean: tuple[bool, bool], route: Route, rows_TD):
+  """What this device gets, [size, D]. Where nothing comes to is 0 if clean[0] says so, else it may be anything; clean[1]: the same of
+  the gradient of rows."""
   me = jax.lax.axis_index(AXIS)
   sizes_XX, at_sender_XX, at_receiver_XX = route
-  if layout.platform() in ('tpu', 'gpu'):
-    empty = jnp.zeros((size, rows_TD.shape[1]), rows_TD.dtype)
-    return jax.lax.ragged_all_to_all(rows_TD, empty, at_sender_XX[me], sizes_XX[me], at_receiver_XX[me], sizes_XX[:, me], axis_name=AXIS)
-  all_XTD = jax.lax.all_gather(rows_TD, AXIS)  # XLA's CPU backend has no ragged all-to-all
   n_T = jnp.arange(size)
   sender_T = jnp.maximum((n_T[:, None] >= at_receiver_XX[None, :, me]).sum(-1) - 1, 0)
   place_T = n_T - at_receiver_XX[sender_T, me]
-  comes_T = place_T < sizes_XX[sender_T, me]
+  comes_T1 = (place_T < sizes_XX[sender_T, me])[:, None]
+  if layout.platform() in ('tpu', 'gpu'):
+    # Filling a buffer with zeros takes a TPU longer than what is sent into it; its kernels touch only rows that came.
+    buffer = (jax.lax.empty if grouped.has_kernel(size) else jnp.zeros)((size, rows_TD.shape[1]), rows_TD.dtype)
+    got_TD = jax.lax.ragged_all_to_all(rows_TD, buffer, at_sender_XX[me], sizes_XX[me], at_receiver_XX[me], sizes_XX[:, me], axis_name=AXIS)
+    return jnp.where(comes_T1, got_TD, 0) if clean[0] else got_TD
+  all_XTD = jax.lax.all_gather(rows_TD, AXIS)  # XLA's CPU backend has no ragged all-to-all
   place_T = jnp.minimum(place_T + at_sender_XX[sender_T, me], rows_TD.shape[0] - 1)
-  return jnp.where(comes_T[:, None], all_XTD[sender_T, place_T], 0)
+  return jnp.where(comes_T1, all_XTD[sender_T, place_T], 0)
 
 
-def _forward(size, route, rows_TD):
-  return _send(size, route, rows_TD), (route, rows_TD.shape[0])
+def _forward(size, clean, route, rows_TD):
+  return _send(size, clean, route, rows_TD), (route, rows_TD.shape[0])
 
 
-def _backward(size, saved, g_TD):
+def _backward(size, clean, saved, g_TD):
   del size
   route, T = saved
-  return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), route), _send(T, route.back(), g_TD)
+  return jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), route), _send(T, clean[::-1], route.back(), g_TD)
 
 
 _send.defvjp(_forward, _backward)

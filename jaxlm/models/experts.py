@@ -1,13 +1,15 @@
-"""What experts make of rows that are sorted by expert, on one device: gated mlps by kernels/grouped.py, forward and backward.
+"""What experts make of rows that are sorted by expert, on one device: gated mlps by kernels/grouped.py, forward and backward; and their
+weights, gathered from the devices that share them.
 
-The backward pass is written out, because grouped products cannot be mapped (jax.vmap) under an Explicit mesh, as the stages of a
-pipeline are: here each device calls them on its own stage.
+Backward passes are written out, because neither grouped products nor gathers can be mapped (jax.vmap) under an Explicit mesh, as the
+stages of a pipeline are: here each device calls them on its own stage.
 """
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm import layout
 from jaxlm.kernels import grouped
 from jaxlm.models.layers import MLPS
 from jaxlm.remat import tag
@@ -27,6 +29,26 @@ def _by_stage(f):
     found = on_device(*args)
     return found, (True,) * len(found)
   return out
+
+
+def gathered(w, dims: str, spec):
+  """What a device has of a weight, cut as `spec` says → what it uses of it, under shard_map. Its gradient is scattered."""
+  for n, (d, cut) in enumerate(zip(dims, spec)):
+    over = tuple(axis for axis in ((cut,) if isinstance(cut, str) else cut or ()) if axis not in layout.axes(d, 'gathered'))
+    w = _gather(over, n, w) if over else w
+  return w
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(axes: tuple[str, ...], n: int, w):
+  return _by_stage(lambda w: (jax.lax.all_gather(w, axes, axis=n, tiled=True),))(w)[0]
+
+
+def _scatter(axes, n, _, g):
+  return _by_stage(lambda g: (jax.lax.psum_scatter(g, axes, scatter_dimension=n, tiled=True),))(g)
+
+
+_gather.defvjp(lambda axes, n, w: (_gather(axes, n, w), None), _scatter)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -91,7 +91,7 @@ def dropless(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF
 
   def local(x_BLD, weights_BLS, experts_BLS, *cut):
     S, (B, L, D) = experts_BLS.shape[-1], x_BLD.shape
-    whole = [_gathered(w_EDF, 'EDF', spec) for w_EDF, spec in zip(cut, specs)]
+    whole = [experts.gathered(w_EDF, 'EDF', spec) for w_EDF, spec in zip(cut, specs)]
     order_T = jnp.argsort(experts_BLS.reshape(-1), stable=True)
     sizes_E = jnp.bincount(experts_BLS.reshape(-1), length=cfg.moe.E).astype(jnp.int32)
     rows_TD = sorting.to_experts(x_BLD.reshape(-1, D), order_T, S)
@@ -110,14 +110,6 @@ def dropless(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF
   # check_vma: kernels do not say along which axes their results vary
   return jax.shard_map(local, in_specs=in_specs, out_specs=(layout.spec('BLD'), jax.P()), check_vma=False)(
       x_BLD, weights_BLS, experts_BLS, *(w_EDF.astype(x_BLD.dtype) for w_EDF in weights))
-
-
-def _gathered(w, dims: str, spec):
-  """What a device has of a weight, cut as `spec` says → what it uses of it, under shard_map."""
-  for n, (d, cut) in enumerate(zip(dims, spec)):
-    over = tuple(axis for axis in ((cut,) if isinstance(cut, str) else cut or ()) if axis not in layout.axes(d, 'gathered'))
-    w = jax.lax.all_gather(w, over, axis=n, tiled=True) if over else w
-  return w
 
 
 def capacity(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF, down_EFD):

@@ -58,14 +58,15 @@ def kernels(ops: list[Op]) -> list[Op]:
 
 
 def _computations(text: str) -> dict[str, list[str]]:
-  """name → its lines. Kernels write metadata of several lines: a computation ends at a line that is exactly }."""
+  """name → its lines. Kernels write metadata of several lines: a computation ends at a line that is exactly }, or
+  names the thread that runs it after that."""
   found, current = {}, None
   for line in text.splitlines():
     if current is None:
       head = _HEAD.match(line)
       if head:
         current = found.setdefault(head['name'], [])
-    elif line == '}':
+    elif line == '}' or line.startswith('}, execution_thread='):
       current = None
     else:
       current.append(line)
