@@ -1,5 +1,9 @@
 """Programs of the compiler, cut short, and what is in them."""
-from jaxlm.plan import hlo
+import types
+
+import pytest
+
+from jaxlm.plan import costed, hlo
 
 LOOP = """HloModule step
 
@@ -48,3 +52,48 @@ def test_a_gather_that_goes_on_beside_others_is_counted_once():
   """The TPU compiler writes it thrice: where it starts, in the matrix product that it goes on beside, and where it ends."""
   kinds = [(op.kind, op.is_async, op.bytes) for op in hlo.collectives(hlo.read(ASYNC))]
   assert kinds == [('all-gather', False, 4096 * 512 * 2), ('all-gather', True, 64 * 512 * 2), ('reduce-scatter', False, 4096 * 512 * 4)]
+
+
+# Shapes have tilings, and the text has more of everything.
+OF_0_0_52 = """HloModule step
+
+%called.1 (p: bf16[8,512]) -> bf16[64,512] {
+  ROOT %all-gather.9 = bf16[64,512]{1,0} all-gather(%p), dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[]) -> f32[] {
+  %all-gather.9.cloned.1.call-start = ((), (), (s32[8192]{0:T(1024)}, s32[1]{0:S(2)})) custom-call-start(), async_execution_thread="sparsecore"
+  %all-gather.9.cloned.1.call-update = ((bf16[8,512]{1,0:T(8,128)(2,1)}), bf16[64,512]{1,0:T(8,128)(2,1)}, (s32[8192]{0:T(1024)})) custom-call-update(%all-gather.9.cloned.1.call-start, %w)
+  %fusion.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%plain, backend_config={"estimated_cycles":"1000"}
+  %all-gather.9.cloned.1.call-done = bf16[64,512]{1,0} custom-call-done(%all-gather.9.cloned.1.call-update)
+  %all-reduce.7.cloned.1.call-update = ((f32[4]{0}, f32[512]{0}), (f32[4]{0}, f32[512]{0}), (s32[9]{0})) custom-call-update(%s, %y, %z)
+  %all-reduce.7.cloned.1.call-done = (f32[4]{0}, f32[512]{0}) custom-call-done(%all-reduce.7.cloned.1.call-update)
+}
+"""
+OF_0_0_42 = OF_0_0_52[:OF_0_0_52.index('  %all-gather.9.cloned')] + """  %all-gather.9.cloned.1.call-start = ((bf16[8,512]{1,0}, token[]), bf16[64,512]{1,0}) call-start(%w, %prepared), async_execution_thread="sparsecore", to_apply=%called.1
+  %fusion.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%plain, backend_config={"estimated_cycles":"1000"}
+  %all-gather.9.cloned.1.call-done = bf16[64,512]{1,0} call-done(%all-gather.9.cloned.1.call-start)
+}
+"""
+
+
+@pytest.mark.parametrize('text', [OF_0_0_52, OF_0_0_42], ids=['libtpu 0.0.52', 'libtpu 0.0.42'])
+def test_collectives_of_sparse_cores_are_counted(text):
+  ops = hlo.read(text)
+  gather, *sums = hlo.collectives(ops)
+  assert (gather.kind, gather.is_async, gather.bytes) == ('all-gather', True, 64 * 512 * 2)
+  assert [(op.kind, op.bytes) for op in sums] == ([('all-reduce', 4 * 516)] if text is OF_0_0_52 else [])
+  assert next(op for op in ops if op.kind == 'done').waits_for == gather.name and hlo.seconds(ops, 1e3) == 1.
+
+
+def test_what_is_waited_for_is_what_the_schedule_leaves(monkeypatch):
+  """On links that bring 64 KiB a second, a gather of 64 KiB takes one; beside 0.25 s of work 0.75 s are waited for, and then the sum,
+  which nothing runs beside, goes there and back."""
+  chip = types.SimpleNamespace(link=2 ** 14, links=4, devices=1, hertz=4e3)
+  job = types.SimpleNamespace(pod=types.SimpleNamespace(chip=chip))
+  monkeypatch.setattr(costed, '_kernels', lambda j, ops: {})
+  compiled = types.SimpleNamespace(ops=hlo.read(OF_0_0_52))
+  seconds = costed.seconds(job, compiled)
+  assert seconds['fusions'] == 0.25 and seconds['waits'] == pytest.approx(0.75 + 2 * 4 * 516 / 2 ** 16)
+  sent = {s.kind: (s.bytes, s.hidden) for s in costed.sent(job, compiled)}
+  assert sent == {'all-gather': (2 ** 16, pytest.approx(0.25)), 'all-reduce': (4 * 516, 0.)}
