@@ -194,7 +194,8 @@ class OptimizerConfig:
   """The optimizer (a key of optimizer.OPTIMIZERS) and its learning-rate schedule (a key of SCHEDULES).
 
   muon (Jordan 2024): the matrices of the layers are updated by orthogonalised momentum, scaled to AdamW's usual size
-  (× 0.2 √max(fan-in, fan-out), Liu et al. 2025), so that one `lr` serves them and AdamW for the rest.
+  (× 0.2 √max(fan-in, fan-out), Liu et al. 2025), so that one `lr` serves them and AdamW, which updates the rest. Weight decay is
+  the same for both.
   """
   name: str = 'adamw'
   lr: float = 3e-4
@@ -202,8 +203,11 @@ class OptimizerConfig:
   warmup: int = 100         # steps of linear warmup from 0
   decay: float = 0.2        # wsd: the share of steps that decays
   final: float = 0.1        # learning rate at the last step, as a share of lr
-  b1: float = 0.9
+  b1: float = 0.9           # AdamW's, as b2
   b2: float = 0.95
+  momentum: float = 0.95    # muon: decay of the mean of gradients
+  nesterov: bool = True     # muon: that mean is taken a step ahead, as Nesterov's momentum
+  ns_steps: int = 5         # muon: Newton-Schulz iterations that orthogonalise it
   eps: float = 1e-8
   weight_decay: float = 0.1
   no_decay: str = r'scale|bias'  # paths (as layers/q/w) that match are not decayed

@@ -33,7 +33,7 @@ ZERO_OK = re.compile(
     r'model\.(P|vocab|window|first|first_position|encoder_N|T|C|norm_offset|attention_scale|'
     r'attention_cap|logit_cap|dropout|lora\.rank|rnn\.(teacher|sampling)|rope\.(local_base|original)|'
     r'pipeline\.pieces|moe\.(E|F|first|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
-    r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2))$')
+    r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2|momentum))$')
 
 
 def validate(c: Config) -> None:
@@ -50,8 +50,8 @@ def validate(c: Config) -> None:
   for key, value in flat.items():
     if type(value) in (int, float) and not key.startswith('mesh.'):
       need(value > 0 or (value == 0 and ZERO_OK.match(key)), key, 'wants a number above 0')
-  for key in ('model.dropout', 'data.heldout', 'optimizer.decay', 'optimizer.b1', 'optimizer.b2', 'loss.smoothing',
-              'objective.share'):
+  for key in ('model.dropout', 'data.heldout', 'optimizer.decay', 'optimizer.b1', 'optimizer.b2', 'optimizer.momentum',
+              'loss.smoothing', 'objective.share'):
     need(0 <= flat[key] < 1, key, 'wants a number from 0 up to, not including, 1')
   _model(m, need)
   _remat(m, need)
