@@ -6,7 +6,7 @@ import math
 import re
 
 from jaxlm.errors import UsageError
-from jaxlm.schema import GATED, METRICS, WORDS, Config, MeshConfig, flatten, layer_kinds, of_task, selected, span_lengths
+from jaxlm.schema import GATED, METRICS, WORDS, Config, MeshConfig, ModelConfig, flatten, layer_kinds, of_task, selected, span_lengths
 from jaxlm.tensors import REMAT, TENSORS, made
 
 CHOICES = {
@@ -249,14 +249,8 @@ def filled(mesh: MeshConfig, devices: int) -> dict[str, int]:
   return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
 
 
-def check_mesh(c: Config, sizes: dict) -> None:
-  """Everything that a mesh of these sizes must divide. Raises UsageError."""
-  m = c.model
-  rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
-  per = c.batch // c.microbatches
-  if per % rows:
-    raise UsageError(f'batch={c.batch} in {c.microbatches} microbatches gives {per} sequences, which mesh.data × '
-                     f'mesh.fsdp × mesh.expert = {rows} does not divide; set batch to a multiple of {rows * c.microbatches}')
+def check_weights(m: ModelConfig, sizes: dict) -> None:
+  """What a mesh of these sizes must divide of a model, whatever it is used for. Raises UsageError."""
   cut = {'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor', 'stage'), 'D': ('fsdp', 'stage', 'expert')}
   values = {letter: getattr(m, letter) for letter in cut} | ({'moe.F': m.moe.F, 'moe.shared': m.moe.shared} if m.moe.E else {})
   for key, value in values.items():
@@ -268,6 +262,17 @@ def check_mesh(c: Config, sizes: dict) -> None:
                        f'the next that fits is {-(-value // size) * size}')
   if sizes['expert'] > 1 and (not m.moe.E or m.moe.E % sizes['expert']):
     raise UsageError(f'model.moe.E={m.moe.E}: mesh.expert={sizes["expert"]} does not divide it; set mesh.expert to a divisor')
+
+
+def check_mesh(c: Config, sizes: dict) -> None:
+  """Everything that a mesh of these sizes must divide of a training step. Raises UsageError."""
+  m = c.model
+  rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
+  per = c.batch // c.microbatches
+  if per % rows:
+    raise UsageError(f'batch={c.batch} in {c.microbatches} microbatches gives {per} sequences, which mesh.data × '
+                     f'mesh.fsdp × mesh.expert = {rows} does not divide; set batch to a multiple of {rows * c.microbatches}')
+  check_weights(m, sizes)
   for axis in ('context', 'stage'):
     if sizes[axis] > 1 and m.kind != 'decoder':
       raise UsageError(f'model.kind={m.kind}: mesh.{axis}={sizes[axis]} wants a decoder; set 1')
