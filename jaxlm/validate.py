@@ -72,12 +72,8 @@ def validate(c: Config) -> None:
     re.compile(c.optimizer.no_decay)
   except re.error as e:
     need(False, 'optimizer.no_decay', f'is no regular expression ({e})')
-  sizes = {key.removeprefix('mesh.'): size for key, size in flat.items() if key.startswith('mesh.')}
-  for axis, size in sizes.items():
-    need(size >= 1 or size == -1, f'mesh.{axis}', 'wants a count of devices, or -1 for what is left')
-  fill = [axis for axis, size in sizes.items() if size == -1]
-  need(len(fill) < 2, f'mesh.{(fill or ["fsdp"])[-1]}', f'only one axis may be -1, and {fill[:1]} is')
-  if not fill:
+  _sizes(c.mesh)
+  if -1 not in (sizes := dataclasses.asdict(c.mesh)).values():
     check_mesh(c, sizes)
   _tasks(c, need)
 
@@ -239,9 +235,21 @@ def _remat(m, need) -> None:
   need(not both, 'model.offload', f'{" and ".join(sorted(both))} cannot be in model.save too: take it out of one')
 
 
+def _sizes(mesh: MeshConfig) -> dict[str, int]:
+  """Devices an axis, one of them perhaps −1. Raises UsageError."""
+  sizes = dataclasses.asdict(mesh)
+  for axis, size in sizes.items():
+    if size < 1 and size != -1:
+      raise UsageError(f'mesh.{axis}={size}: wants a count of devices, or -1 for what is left')
+  fill = [f'mesh.{axis}' for axis, size in sizes.items() if size == -1]
+  if len(fill) > 1:
+    raise UsageError(f'{fill[1]}=-1: only one axis may be what is left, and {fill[0]} is')
+  return sizes
+
+
 def filled(mesh: MeshConfig, devices: int) -> dict[str, int]:
   """Devices an axis, −1 filled. UsageError if the axes do not use exactly so many: a run never silently leaves some idle."""
-  sizes = dataclasses.asdict(mesh)
+  sizes = _sizes(mesh)
   known = math.prod(size for size in sizes.values() if size != -1)
   if devices % known or (-1 not in sizes.values() and known != devices):
     text = ' × '.join(f'{axis}={size}' for axis, size in sizes.items())
