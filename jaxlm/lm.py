@@ -162,7 +162,7 @@ def load(workdir, step: int | None = None, mesh: MeshConfig | None = None, merge
       made['mesh'] = layout.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])  # for sampling alone
       return None, made['mesh']
     made['mesh'] = layout.make_mesh(layout.serving(mesh or config.mesh))
-    check_weights(config.model, dict(made['mesh'].shape))  # of rows and their length nothing: they are what is asked, padded to the mesh
+    check_weights(config.model, dict(made['mesh'].shape))  # rows are those that are asked for, padded to the mesh
     with jax.sharding.use_abstract_mesh(made['mesh'].abstract_mesh):
       return kinds.abstract_params(config.model), made['mesh']
 

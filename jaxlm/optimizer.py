@@ -52,7 +52,8 @@ def _muon(c: OptimizerConfig, schedule):
     return jax.tree.map(lambda u, axes: 0.2 * max(sides(u, axes)) ** 0.5 * u, updates, _matrices(updates))
 
   muon = optax.chain(
-      optax.contrib.scale_by_muon(ns_steps=c.ns_steps, beta=c.momentum, eps=c.eps, nesterov=c.nesterov, weight_dimension_numbers=_matrices),
+      optax.contrib.scale_by_muon(ns_steps=c.ns_steps, beta=c.momentum, eps=c.eps, nesterov=c.nesterov,
+                                  weight_dimension_numbers=_matrices),
       optax.stateless(rms), optax.add_decayed_weights(c.weight_decay, decay_mask(c)), optax.scale_by_learning_rate(schedule))
   is_axes = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
   labels = lambda params: jax.tree.map(lambda axes: 'adam' if axes is None else 'muon', _matrices(params), is_leaf=is_axes)

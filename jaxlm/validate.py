@@ -6,7 +6,8 @@ import math
 import re
 
 from jaxlm.errors import UsageError
-from jaxlm.schema import GATED, METRICS, WORDS, Config, MeshConfig, ModelConfig, flatten, layer_kinds, of_task, selected, span_lengths
+from jaxlm.schema import (GATED, METRICS, WORDS, Config, MeshConfig, ModelConfig, flatten, layer_kinds, lead, of_task, selected,
+                          span_lengths)
 from jaxlm.tensors import REMAT, TENSORS, made
 
 CHOICES = {
@@ -62,11 +63,7 @@ def validate(c: Config) -> None:
   need(c.batch % c.microbatches == 0, 'microbatches', f'does not divide batch={c.batch}')
   if not c.tasks:  # the objective of a mixture is its tasks'
     _objective(c, need)
-    targets = 1 if c.objective.name in HEADS else selected(c) if m.kind == 'encoder' else c.length
-    if c.loss.over == 'length':
-      need(targets % c.loss.chunks == 0, 'loss.chunks', f'does not divide the {targets} targets of a row (length={c.length})')
-    else:
-      need(m.V % c.loss.chunks == 0, 'loss.chunks', f'does not divide model.V={m.V}')
+    _check_chunks(c, dataclasses.asdict(MeshConfig(fsdp=1)))
   need(c.guard.window >= 2, 'guard.window', 'wants 2 steps or more')
   try:
     re.compile(c.optimizer.no_decay)
@@ -294,10 +291,23 @@ def check_mesh(c: Config, sizes: dict) -> None:
   if sizes['context'] > 1 and m.moe.E and m.moe.dispatch == 'capacity':
     raise UsageError(f'model.moe.dispatch=capacity: places go by order in a row, which mesh.context={sizes["context"]} cuts; '
                      'set dropless, or mesh.context=1')
-  whole, parts = (c.length, sizes['context']) if c.loss.over == 'length' else (m.V, sizes['tensor'] * sizes['stage'])
-  if m.kind == 'decoder' and whole // parts % c.loss.chunks:
-    raise UsageError(f'loss.chunks={c.loss.chunks}: does not divide {whole} / {parts} = {whole // parts}, what a device has of the '
-                     f'{c.loss.over}')
+  _check_chunks(lead(c), sizes)
+
+
+def _check_chunks(c: Config, sizes: dict) -> None:
+  """loss.cross_entropy cuts what a device has of a row's targets, or of the vocabulary, into loss.chunks even pieces. UsageError."""
+  if c.model.kind == 'ngram' or c.objective.name in HEADS:  # which have another loss, or none
+    return
+  if c.loss.over == 'length':
+    axes, whole = ('context',), selected(c) if c.model.kind == 'encoder' else c.length
+    what = f'targets of a row of length={c.length}'
+  else:
+    axes, whole, what = ('tensor', 'stage'), c.model.V, f'rows of model.V={c.model.V}'
+  parts = math.prod(sizes[a] for a in axes)
+  if whole // parts % c.loss.chunks:
+    on = ' × '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes[a] > 1)
+    cut = f'{whole} / {parts} = {whole // parts} {what} that a device of {on} has' if on else f'{whole} {what}'
+    raise UsageError(f'loss.chunks={c.loss.chunks}: does not divide the {cut}; set {math.gcd(whole // parts, c.loss.chunks)}')
 
 
 def _check_stages(c: Config, stages: int, rows: int) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from jaxlm import cli, config as configs
 from jaxlm.errors import UsageError
+from tests import common
 
 FILE = 'configs/quickstart.py'
 
@@ -76,6 +77,33 @@ def test_what_a_mesh_cannot_cut_is_one_line(overrides, says):
   assert '\n' not in text
   for part in says:
     assert part in text, text
+
+
+VOCABULARY = {'loss.over': 'vocabulary', 'loss.chunks': 8}
+CHUNKS = [  # family, changes on eight devices, and what the line must say
+    ('bert', {'mesh.tensor': 4, 'mesh.fsdp': 2, **VOCABULARY}, '264 / 4 = 66 rows of model.V=264 that a device of mesh.tensor=4 has'),
+    ('t5', {'mesh.tensor': 8, 'mesh.fsdp': 1, 'loss.over': 'vocabulary'}, '360 / 8 = 45 rows of model.V=360'),
+    ('lstm', {'mesh.tensor': 2, 'mesh.fsdp': 4, **VOCABULARY}, '264 / 2 = 132 rows of model.V=264'),
+    ('luong', {'mesh.tensor': 2, 'mesh.fsdp': 4, **VOCABULARY}, '264 / 2 = 132 rows of model.V=264'),
+    ('llama', {'mesh.stage': 3, 'mesh.fsdp': 1, 'batch': 3, 'model.D': 33, **VOCABULARY, 'loss.chunks': 6}, '264 / 3 = 88 rows of model.V=264'),
+    ('llama', {'mesh.context': 4, 'mesh.fsdp': 2, 'loss.chunks': 16}, '32 / 4 = 8 targets of a row of length=32 that'),
+    ('bert', {'loss.chunks': 3}, '8 targets of a row of length=32; set 1'),  # a quarter of it is masked
+    ('t5', {'loss.chunks': 3}, '32 targets of a row of length=32; set 1'),  # of the decoder's rows, not of objective.source=48
+]
+
+
+@pytest.mark.parametrize('family, changes, says', CHUNKS, ids=[f'{f}-{c}' for f, c, _ in CHUNKS])
+def test_chunks_of_the_loss_must_divide_what_a_device_has_whatever_the_kind(family, changes, says):
+  """In the step they would be a traceback of a reshape."""
+  with pytest.raises(UsageError) as e:
+    common.config(family, **changes)
+  assert str(e.value).startswith('loss.chunks=') and says in str(e.value)
+
+
+def test_chunks_are_not_asked_of_what_has_no_such_loss():
+  heads = {'model.C': 2, 'objective.name': 'classify', 'model.head': 'classify', 'data.target': 'a', 'data.classes': 'x|y'}
+  common.config('bert', length=30, **{**heads, 'loss.chunks': 8})
+  configs.load('configs/ngram.py', [('length', '30'), ('loss.chunks', '8')])
 
 
 def test_good_overrides_reach_the_config():

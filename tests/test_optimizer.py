@@ -99,7 +99,8 @@ def test_muon_orthogonalises_each_layers_matrices(one_device):
 
 
 @pytest.mark.parametrize('name', sorted(optimizer.OPTIMIZERS))
-@pytest.mark.parametrize('changes', [{'tied': False}, {'moe': MoeConfig(E=3, F=16, shared=8), 'bias': 'qkv'}], ids=['dense', 'mixture'])
+@pytest.mark.parametrize('changes', [{'tied': False}, {'moe': MoeConfig(E=3, F=16, shared=8), 'bias': 'qkv'}],
+                         ids=['dense', 'mixture'])
 def test_with_no_gradient_all_that_is_decayed_shrinks_by_lr_times_weight_decay(one_device, name, changes):
   cfg = common.model('llama', **changes)
   params = jax.jit(lambda key: decoder.init_params(cfg, key))(jax.random.key(0))
@@ -119,7 +120,8 @@ def test_with_no_gradient_all_that_is_decayed_shrinks_by_lr_times_weight_decay(o
 
 @pytest.mark.parametrize('changes', [{}, {'nesterov': False}, {'momentum': 0.5}, {'ns_steps': 2}], ids=str)
 def test_muon_by_hand(one_device, changes):
-  """Three updates of one matrix, in numpy: the mean of gradients (with Nesterov, a step ahead), Newton-Schulz, the scale of its shape."""
+  """Three updates of one matrix, in numpy: the mean of gradients (with Nesterov, a step ahead), Newton-Schulz, the scale of its
+  shape."""
   c = OptimizerConfig(name='muon', lr=0.1, warmup=0, schedule='constant', weight_decay=0.3, clip=0., **changes)
   rng = np.random.default_rng(0)
   w = rng.standard_normal((1, 6, 4)).astype(np.float32)

@@ -70,8 +70,8 @@ def _whole(a):
 
 @jax.custom_vjp
 def _whole_on_a_stage(a):
-  """_whole whose gradient is exchanged, then added up. What JAX itself would do, a reduce-scatter, fails an assertion (jax 0.10 to 0.12,
-  _reduce_scatter_lowering) where an axis that is not mapped cuts the array: under a pipeline's vmap over mesh.stage."""
+  """_whole whose gradient is exchanged, then added up. What JAX itself would do, a reduce-scatter, fails an assertion (jax 0.10 to
+  0.12, _reduce_scatter_lowering) where an axis that is not mapped cuts the array: under a pipeline's vmap over mesh.stage."""
   return _whole(a)
 
 
