@@ -13,7 +13,7 @@ import re
 import typing
 
 from jaxlm.errors import UsageError
-from jaxlm.schema import FREE, RUN_DATA, TRAINING, Config, TaskConfig, flatten, task_keys
+from jaxlm.schema import FREE, RUN_DATA, TRAINING, Config, TaskConfig, flatten, means, task_keys
 from jaxlm.validate import validate
 
 _DEFAULTS = flatten(Config())
@@ -240,6 +240,15 @@ def refuse_change(saved: Config, config: Config, allow: tuple[str, ...] = ()) ->
   old, new = flatten(saved), flatten(config)
   for key in old:
     if old[key] != new[key] and not FREE.match(key) and key not in allow:
-      raise UsageError(f'the checkpoint is of another run: {key} was {old[key]!r} and is now {new[key]!r}; '
-                       f'set --config.{key}={old[key]} to go on, another --workdir to start anew, or --allow_change={key} to '
-                       'go on with it changed')
+      _refuse(key, old[key], new[key], f'--config.{key}={old[key]}')
+  old, new = means(saved), means(config)
+  for key in old:
+    if key in new and old[key] != new[key] and key not in allow:
+      unused = key == 'model.pipeline.pieces' and config.mesh.stage == 1
+      mend = f'--config.mesh.stage={saved.mesh.stage}' if unused else f'--config.{key}={old[key]}'
+      _refuse(key, old[key], new[key], mend, ', and losses of this run are means over such pieces of a batch')
+
+
+def _refuse(key: str, old, new, mend: str, why: str = ''):
+  raise UsageError(f'the checkpoint is of another run: {key} was {old!r} and is now {new!r}{why}; set {mend} to go on, another --workdir '
+                   f'to start anew, or --allow_change={key} to go on with it changed')

@@ -328,10 +328,19 @@ class Config:
 
 
 # What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
-# from the same state and data, except `steps`, which people raise to train on, and `guard`, which they set when a run spikes.
+# from the same state and data, except `steps`, which people raise to train on, and `guard`, which they set when a run spikes; and in some
+# runs those of `means`.
 FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|(mesh|checkpoint|start|guard|watchdog)\..*|'
                   r'data\.(cache|stop|start|never)|tasks\.[^.]+\.metrics|microbatches|loss\.chunks|'
                   r'loss\.over|model\.pipeline\..*|model\.(attention|context|remat|save|offload|scan|pool|normalize)|optimizer\.offload)$')
+
+
+def means(c: Config) -> dict[str, int]:
+  """The keys of FREE that some runs' objective depends on, where this run's does, and into how many pieces each cuts a batch: router
+  losses of a mixture, and next-sentence prediction, are means over such a piece (objectives.token_loss)."""
+  m, routed, o = c.model, c.model.moe.E and (c.model.moe.balance_loss or c.model.moe.z_loss), lead(c).objective
+  out = {'microbatches': c.microbatches} if routed or (o.name == 'pairs' and o.next_sentence) else {}
+  return out | ({'model.pipeline.pieces': 1 if c.mesh.stage == 1 else m.pipeline.pieces or c.mesh.stage} if routed else {})
 
 
 # What of a model is about training it, and not about which function its parameters are.
