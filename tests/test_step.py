@@ -67,6 +67,15 @@ def test_how_a_batch_is_cut_may_change_just_where_the_objective_does_not_depend_
   configs.refuse_change(b, b)
 
 
+def test_pairs_are_trained_in_microbatches(one_device):
+  """Counts are sums over them, and so is what is learned of the tokens, where the pairs count nothing."""
+  c1, c4 = (common.config('bert', **{'objective.next_sentence': 0., 'microbatches': n}) for n in (1, 4))
+  sums1, sums4 = (one_step(c, common.examples_of(c))[1] for c in (c1, c4))
+  assert float(sums1['pairs']) == float(sums4['pairs']) == c1.batch
+  for name in ('nll', 'grad_norm', 'pairs_nll'):
+    np.testing.assert_allclose(sums4[name], sums1[name], rtol=1e-5)
+
+
 def test_pieces_of_a_pipeline_are_those_that_there_are():
   """As many as stages, where none are stated; one, where there is one stage."""
   run = {**STAGES, 'model.moe.balance_loss': 1.}
