@@ -36,8 +36,9 @@ def path_of(path) -> str:
 
 
 def decay_mask(c: OptimizerConfig):
-  """params → True where weight decay applies: every path that c.no_decay does not match."""
-  return lambda params: jax.tree_util.tree_map_with_path(lambda p, _: not re.search(c.no_decay, path_of(p)), params)
+  """params → True where weight decay applies: every path that c.no_decay does not match; '' matches none."""
+  exempt = lambda path: bool(c.no_decay and re.search(c.no_decay, path))
+  return lambda params: jax.tree_util.tree_map_with_path(lambda p, _: not exempt(path_of(p)), params)
 
 
 def _adamw(c: OptimizerConfig, schedule):

@@ -210,7 +210,7 @@ class OptimizerConfig:
   ns_steps: int = 5         # muon: Newton-Schulz iterations that orthogonalise it
   eps: float = 1e-8
   weight_decay: float = 0.1
-  no_decay: str = r'scale|bias'  # paths (as layers/q/w) that match are not decayed
+  no_decay: str = r'scale|bias'  # paths (as layers/q/w) in which this regular expression is found are not decayed; '': all are
   clip: float = 1.          # by global norm; 0 is off
   offload: bool = False     # its moments rest in the host's memory, and are on the device only while they are used
 

@@ -65,10 +65,11 @@ def validate(c: Config) -> None:
     _objective(c, need)
     _check_chunks(c, dataclasses.asdict(MeshConfig(fsdp=1)))
   need(c.guard.window >= 2, 'guard.window', 'wants 2 steps or more')
-  try:
-    re.compile(c.optimizer.no_decay)
-  except re.error as e:
-    need(False, 'optimizer.no_decay', f'is no regular expression ({e})')
+  for key in ('optimizer.no_decay', 'model.lora.targets'):
+    try:
+      re.compile(flat[key])
+    except re.error as e:
+      need(False, key, f'is no regular expression ({e})')
   _sizes(c.mesh)
   if -1 not in (sizes := dataclasses.asdict(c.mesh)).values():
     check_mesh(c, sizes)

@@ -32,7 +32,8 @@ BAD = [  # override, and what the line must say
     (('mesh.data', '0'), ['mesh.data=0', '-1']),
     (('steps', '0'), ['steps=0', 'above 0']),
     (('model.P', '8'), ['model.P=8', 'position=learned']),
-    (('optimizer.no_decay', '('), ['optimizer.no_decay', 'regular expression']),
+    (('optimizer.no_decay', '('), ["optimizer.no_decay='('", 'regular expression']),
+    (('model.lora.targets', '*q'), ["model.lora.targets='*q'", 'regular expression']),
     (('data.heldout', '1.0'), ['data.heldout=1.0']),
 ]
 

@@ -46,6 +46,12 @@ def test_every_path_has_a_decay_decision(one_device, family):
     assert decays == (path.split('/')[-1] in ('w', 'embed', 'unembed', 'positions')), path
 
 
+def test_no_decay_of_nothing_exempts_nothing(one_device):
+  params = kinds.abstract_params(common.model('gpt2'))
+  assert all(jax.tree.leaves(optimizer.decay_mask(OptimizerConfig(no_decay=''))(params)))
+  assert not any(jax.tree.leaves(optimizer.decay_mask(OptimizerConfig(no_decay='.'))(params)))
+
+
 def test_adamw_equals_torch(one_device):
   """Clip, moments, bias correction, decoupled decay and the schedule, over five steps."""
   rng = np.random.default_rng(0)
