@@ -91,7 +91,7 @@ def nearest(key: str) -> str:
 
 def _convert(key: str, value, kind: type):
   """`value` as `kind` where nothing is lost (an int is a float; a text is only itself), else UsageError."""
-  if kind is float and type(value) is int:
+  if kind is float and type(value) is int and abs(value) <= 2 ** 53:
     return float(value)
   if type(value) is kind:
     return value

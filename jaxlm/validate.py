@@ -8,7 +8,7 @@ import re
 from jaxlm.errors import UsageError
 from jaxlm.schema import (GATED, METRICS, WORDS, Config, MeshConfig, ModelConfig, flatten, layer_kinds, lead, of_task, selected,
                           span_lengths)
-from jaxlm.tensors import REMAT, TENSORS, made
+from jaxlm.tensors import REMAT, TENSORS, made, weights
 
 CHOICES = {
     'model.kind': ('decoder', 'encoder', 'seq2seq', 'rnn', 'rnn_seq2seq', 'ngram'),
@@ -51,9 +51,16 @@ def validate(c: Config) -> None:
   for key, value in flat.items():
     if type(value) in (int, float) and not key.startswith('mesh.'):
       need(value > 0 or (value == 0 and ZERO_OK.match(key)), key, 'wants a number above 0')
+      need(value < math.inf, key, 'wants a finite number')
+      need(type(value) is float or value < 2 ** (32 if key == 'seed' else 31), key, 'wants an integer of 32 bits')
   for key in ('model.dropout', 'data.heldout', 'optimizer.decay', 'optimizer.b1', 'optimizer.b2', 'optimizer.momentum',
               'loss.smoothing', 'objective.share'):
     need(0 <= flat[key] < 1, key, 'wants a number from 0 up to, not including, 1')
+  for key in ('optimizer.no_decay', 'model.lora.targets'):
+    try:
+      re.compile(flat[key])
+    except re.error as e:
+      need(False, key, f'is no regular expression ({e})')
   _model(m, need)
   _remat(m, need)
   need(m.ngram.order <= 7, 'model.ngram.order', 'wants 1 to 7')
@@ -65,11 +72,6 @@ def validate(c: Config) -> None:
     _objective(c, need)
     _check_chunks(c, dataclasses.asdict(MeshConfig(fsdp=1)))
   need(c.guard.window >= 2, 'guard.window', 'wants 2 steps or more')
-  for key in ('optimizer.no_decay', 'model.lora.targets'):
-    try:
-      re.compile(flat[key])
-    except re.error as e:
-      need(False, key, f'is no regular expression ({e})')
   _sizes(c.mesh)
   if -1 not in (sizes := dataclasses.asdict(c.mesh)).values():
     check_mesh(c, sizes)
@@ -130,6 +132,11 @@ def _objective(c: Config, need) -> None:
   """The objective, the data and the kind of model must go together."""
   m, o = c.model, c.objective
   need(o.name in OBJECTIVES[m.kind], 'objective.name', f'model.kind={m.kind} wants one of {", ".join(OBJECTIVES[m.kind])}')
+  from jaxlm.data import sources  # pylint: disable=g-import-not-at-top  # which imports no jax
+  need(not sources.refusal(c.data.source), 'data.source', sources.refusal(c.data.source))
+  kind, _, size = c.data.tokenizer.partition(':')
+  need(kind != 'bpe' or (size.isdecimal() and int(size) >= 257), 'data.tokenizer',
+       'bpe wants a size of at least 257: 256 bytes and a boundary')
   reads = m.kind in ('seq2seq', 'rnn_seq2seq')
   need((o.source > 0) == reads, 'objective.source', 'wants the tokens that the encoder reads' if reads else
        f'model.kind={m.kind} has no encoder beside it: set 0')
@@ -191,6 +198,8 @@ def _model(m, need) -> None:
   if m.position == 'rope':
     turned = m.mla.rope if m.mla.kv else m.K * m.rope.share
     need(turned == int(turned) and turned % 2 == 0, 'model.K', f'rope turns pairs: {turned:g} dims are no even number')
+  need(not m.lora.rank or (m.lora.targets and any(re.search(m.lora.targets, path) for path in weights(m))), 'model.lora.targets',
+       'is found in the path of no weight of the layers; there are ' + (', '.join(weights(m)) or f'none of model.kind={m.kind}'))
   need(m.rope.share <= 1, 'model.rope.share', 'wants a share, up to 1')
   need(m.rope.scaling in ('none', 'linear') or m.rope.original > 0, 'model.rope.original',
        f'rope.scaling={m.rope.scaling} wants the positions trained on before')

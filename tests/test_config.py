@@ -1,4 +1,5 @@
 """A bad config is one clear line and exit code 2, before jax is even imported."""
+import math
 import pathlib
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import pytest
 
 from jaxlm import cli, config as configs
 from jaxlm.errors import UsageError
+from jaxlm.schema import Config, flatten
 from tests import common
 
 FILE = 'configs/quickstart.py'
@@ -35,10 +37,19 @@ BAD = [  # override, and what the line must say
     (('optimizer.no_decay', '('), ["optimizer.no_decay='('", 'regular expression']),
     (('model.lora.targets', '*q'), ["model.lora.targets='*q'", 'regular expression']),
     (('data.heldout', '1.0'), ['data.heldout=1.0']),
+    (('optimizer.lr', '1e999'), ['optimizer.lr=inf', 'finite']),
+    (('optimizer.lr', '1' + 400 * '0'), ['optimizer.lr', 'a number, as 0.1']),
+    (('seed', str(2 ** 32)), ['seed=4294967296', '32 bits']),
+    (('steps', str(2 ** 31)), ['steps=2147483648', '32 bits']),
+    (('data.source', 'foo:bar'), ["data.source='foo:bar'", 'wants one of stdlib, text:GLOB']),
+    (('data.source', 'json:x'), ["data.source='json:x'", 'did you mean jsonl?']),
+    (('data.source', 'text:'), ["data.source='text:'", 'text:GLOB']),
+    (('data.source', 'tfds:lm1b'), ["data.source='tfds:lm1b'", 'tfds:NAME/SPLIT']),
+    (('data.tokenizer', 'bpe:4k'), ["data.tokenizer='bpe:4k'", 'at least 257']),
 ]
 
 
-@pytest.mark.parametrize('override, says', BAD, ids=[f'{o[0]}={o[1]}' for o, _ in BAD])
+@pytest.mark.parametrize('override, says', BAD, ids=[f'{o[0]}={o[1]}'[:40] for o, _ in BAD])
 def test_bad_override_names_key_value_and_mend(override, says):
   mesh = [('mesh.data', '1'), ('mesh.fsdp', '2'), ('mesh.tensor', '2'), ('model.G', '2'), ('model.H', '4')]
   with pytest.raises(UsageError) as e:
@@ -82,11 +93,11 @@ def test_what_a_mesh_cannot_cut_is_one_line(overrides, says):
 
 VOCABULARY = {'loss.over': 'vocabulary', 'loss.chunks': 8}
 CHUNKS = [  # family, changes on eight devices, and what the line must say
-    ('bert', {'mesh.tensor': 4, 'mesh.fsdp': 2, **VOCABULARY}, '264 / 4 = 66 rows of model.V=264 that a device of mesh.tensor=4 has'),
+    ('bert', {'mesh.tensor': 4, 'mesh.fsdp': 2, **VOCABULARY}, '66 rows of model.V=264 that a device of mesh.tensor=4 has; set 2'),
     ('t5', {'mesh.tensor': 8, 'mesh.fsdp': 1, 'loss.over': 'vocabulary'}, '360 / 8 = 45 rows of model.V=360'),
     ('lstm', {'mesh.tensor': 2, 'mesh.fsdp': 4, **VOCABULARY}, '264 / 2 = 132 rows of model.V=264'),
     ('luong', {'mesh.tensor': 2, 'mesh.fsdp': 4, **VOCABULARY}, '264 / 2 = 132 rows of model.V=264'),
-    ('llama', {'mesh.stage': 3, 'mesh.fsdp': 1, 'batch': 3, 'model.D': 33, **VOCABULARY, 'loss.chunks': 6}, '264 / 3 = 88 rows of model.V=264'),
+    ('llama', {'mesh.stage': 3, 'mesh.fsdp': 1, 'batch': 3, 'model.D': 33, **VOCABULARY, 'loss.chunks': 6}, '264 / 3 = 88 rows'),
     ('llama', {'mesh.context': 4, 'mesh.fsdp': 2, 'loss.chunks': 16}, '32 / 4 = 8 targets of a row of length=32 that'),
     ('bert', {'loss.chunks': 3}, '8 targets of a row of length=32; set 1'),  # a quarter of it is masked
     ('t5', {'loss.chunks': 3}, '32 targets of a row of length=32; set 1'),  # of the decoder's rows, not of objective.source=48
@@ -105,6 +116,28 @@ def test_chunks_are_not_asked_of_what_has_no_such_loss():
   heads = {'model.C': 2, 'objective.name': 'classify', 'model.head': 'classify', 'data.target': 'a', 'data.classes': 'x|y'}
   common.config('bert', length=30, **{**heads, 'loss.chunks': 8})
   configs.load('configs/ngram.py', [('length', '30'), ('loss.chunks', '8')])
+
+
+def test_no_number_that_is_not_finite_passes():
+  """Of whatever key: 1e999 is a number to Python, as are Infinity and NaN to its JSON."""
+  keys = [key for key, value in flatten(Config()).items() if type(value) is float]
+  assert len(keys) > 40
+  for key in keys:
+    for value in (math.inf, -math.inf, math.nan):
+      with pytest.raises(UsageError, match=f'^{key}='):
+        configs.from_flat({key: value})
+  with pytest.raises(UsageError, match='tasks.a.weight=nan'):
+    configs.from_flat({'tasks.a.weight': math.nan})
+
+
+@pytest.mark.parametrize('family, targets, says', [
+    ('llama', 'attn/q', 'there are layers/attention/q/w, layers/attention/k/w'), ('llama', '', 'no weight'),
+    ('gpt2', 'gate', 'no weight'), ('llama', '^embed', 'no weight'), ('lstm', 'attention/(q|v)/w', 'there are layers/x/w, layers/h/w')])
+def test_pairs_of_low_rank_for_no_weight_are_refused(family, targets, says):
+  with pytest.raises(UsageError) as e:
+    common.config(family, **{'model.lora.rank': 2, 'model.lora.targets': targets})
+  assert str(e.value).startswith(f'model.lora.targets={targets!r}: ') and says in str(e.value)
+  common.config(family, **{'model.lora.targets': targets})  # without any, nothing is asked of them
 
 
 def test_good_overrides_reach_the_config():
