@@ -7,10 +7,14 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import pathlib
 import re
+import traceback
 import typing
+
+from ml_collections import ConfigDict
 
 from jaxlm.errors import UsageError
 from jaxlm.schema import FREE, RUN_DATA, TRAINING, Config, TaskConfig, flatten, means, task_keys
@@ -124,20 +128,53 @@ def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
   path, topology = asked.groups() if asked else (path, '')
   if path.endswith('.json'):
     return _overridden(_read_json(path), overrides)
-  file, _, argument = path.partition(':')
+  return _overridden(_read_file(path) | (_recommended(path, topology) if topology else {}), overrides)
+
+
+def _read_file(path: str) -> dict:
+  """The keys that 'FILE.py' or 'FILE.py:ARGUMENT' states. UsageError, in one line, whatever is wrong with it."""
+  file, argument = _split(path)
   if not pathlib.Path(file).is_file():
     near = difflib.get_close_matches(file, [str(p) for p in pathlib.Path('configs').glob('*.py')], n=2)
     raise UsageError(f'--config={path}: no such file{"; did you mean " + " or ".join(near) + "?" if near else ""}')
   spec = importlib.util.spec_from_file_location('jaxlm_config_file', file)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
+  _run(path, spec.loader.exec_module, module)
+  get_config = getattr(module, 'get_config', None)
+  if not callable(get_config):
     raise UsageError(f'--config={path}: the file has no get_config()')
+  arguments = [argument] if argument else []
   try:
-    values = flatten(module.get_config(*([argument] if argument else [])))
-  except KeyError as e:
-    raise UsageError(f'--config={path}: the file knows no {e}') from e
-  return _overridden(values | (_recommended(path, topology) if topology else {}), overrides)
+    inspect.signature(get_config).bind(*arguments)
+  except TypeError as e:
+    mend = f'takes no argument; leave :{argument} out' if argument else f'wants an argument, {file}:ARGUMENT'
+    raise UsageError(f'--config={path}: its get_config() {mend}') from e
+  config = _run(path, get_config, *arguments)
+  if not isinstance(config, (dict, ConfigDict)):
+    raise UsageError(f'--config={path}: its get_config() returns a {type(config).__name__}; it wants a ConfigDict')
+  try:
+    return flatten(config)
+  except TypeError as e:
+    raise UsageError(f'--config={path}: its get_config() returns keys that are no texts ({e})') from e
+
+
+def _split(path: str) -> tuple[str, str]:
+  """'FILE.py:ARGUMENT' → (FILE.py, ARGUMENT), or '' where there is none."""
+  found = re.fullmatch(r'(.*?\.py)(?::(.*))?', path)
+  return (found[1], found[2] or '') if found else (path, '')
+
+
+def _run(path: str, function, *arguments):
+  """function(*arguments), which is of a config file: what it raises is a UsageError that says what, and in which line."""
+  try:
+    return function(*arguments)
+  except Exception as e:  # pylint: disable=broad-except  # the file is the user's own code
+    file, argument = _split(path)
+    if isinstance(e, KeyError) and e.args == (argument,):
+      raise UsageError(f'--config={path}: the file knows no {argument!r}; its first lines say what it knows') from e
+    own = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(pathlib.Path(file).absolute())]
+    where = f'line {own[-1]} of the file' if own else 'the file'  # a SyntaxError says it itself
+    raise UsageError(f'--config={path}: {where} raises {type(e).__name__}: {(str(e).splitlines() or [""])[0]}') from e
 
 
 def _recommended(path: str, topology: str) -> dict:
@@ -183,7 +220,7 @@ def parsed(overrides: typing.Sequence[tuple[str, str]]) -> dict:
 def _read_json(path: str) -> dict:
   try:
     return flatten(json.loads(pathlib.Path(path).read_text(encoding='utf-8')))
-  except (OSError, ValueError, AttributeError) as e:
+  except (OSError, ValueError, AttributeError, RecursionError) as e:
     raise UsageError(f'--config={path}: is no config.json of a run ({e})') from e
 
 

@@ -178,7 +178,9 @@ def test_command_line_fails_before_jax_is_imported():
 
 @pytest.mark.parametrize('argv, says', [
     (['trian'], 'train'), ([], 'wants one of'), (['train', '--workdir=x'], '--config'),
-    (['train', '--config=nope.py', '--workdir=x'], 'nope.py'), (['eval', '--workdir=/nonexistent'], '/nonexistent'),
+    (['train', '--config=nope.py', '--workdir=x'], 'nope.py'),
+    (['train', '--config=configs/quickstart.py:x', '--workdir=x'], 'takes no argument; leave :x out'),
+    (['eval', '--workdir=/nonexistent'], '/nonexistent'),
     (['eval', '--workdir=x', '--contxt=3'], 'contxt'), (['generate', '--workdir=x'], '--prompt'),
     (['eval', '--workdir=x', '--config.steps=3'], 'belongs to train'), (['data', 'shwo'], ''),
 ])
@@ -189,8 +191,29 @@ def test_usage_errors_are_one_line_and_code_2(argv, says):
 
 
 def test_a_size_that_a_config_file_does_not_know():
-  with pytest.raises(UsageError, match="9b"):
+  with pytest.raises(UsageError, match="the file knows no '9b'"):
     configs.load('configs/llama3.py:9b')
+
+
+FILES = [  # a config file, what is asked of it, and what the line must say
+    ('def get_config():\n  return {}\n', ':x', 'takes no argument; leave :x out'),
+    ('def get_config(size):\n  return {}\n', '', 'wants an argument, '),
+    ('def get_config(size):\n  return {"steps": int(size)}\n', ':x', 'line 2 of the file raises ValueError: invalid literal'),
+    ('SIZES = {"a": {}}\ndef get_config(size="a"):\n  return SIZES[size]["b"]\n', '', "line 3 of the file raises KeyError: 'b'"),
+    ('def get_config(:\n', '', 'raises SyntaxError: invalid syntax (c.py, line 1)'),
+    ('import no_such_module\n', '', "line 1 of the file raises ModuleNotFoundError: No module named 'no_such_module'"),
+    ('raise ValueError("two\\nlines")\n', '', 'raises ValueError: two'), ('raise ValueError\n', '', 'raises ValueError: '),
+    ('\xff', '', 'raises SyntaxError'), ('steps = 3\n', '', 'no get_config()'), ('get_config = 3\n', '', 'no get_config()'),
+    ('def get_config():\n  pass\n', '', 'returns a NoneType'), ('def get_config():\n  return {4: 5}\n', '', 'keys that are no texts'),
+]
+
+
+@pytest.mark.parametrize('text, argument, says', FILES, ids=[says for *_, says in FILES])
+def test_whatever_is_wrong_with_a_config_file_is_one_line(tmp_path, text, argument, says):
+  (tmp_path / 'c.py').write_text(text, encoding='latin-1')
+  with pytest.raises(UsageError) as e:
+    configs.load(f'{tmp_path}/c.py{argument}')
+  assert str(e.value).startswith(f'--config={tmp_path}/c.py{argument}: ') and says in str(e.value) and '\n' not in str(e.value)
 
 
 ANSWERS = ['translation', 'translation:gru', 'classification', 'classification:yes|no|perhaps', 'tagging', 'question_answering',
@@ -206,9 +229,9 @@ def test_configs_for_fine_tuning_are_good(name):
   assert c.model.lora.rank == (8 if name == 'code:8' else 0)
 
 
-def test_an_at_sign_in_a_folder_is_no_topology(tmp_path):
-  """FILE.py[:SIZE]@TOPOLOGY is asked of configs/pods.json; a@b/config.json is a file."""
-  folder = tmp_path / 'a@b'
+def test_an_at_sign_in_a_folder_is_no_topology_and_a_colon_no_argument(tmp_path):
+  """FILE.py[:SIZE]@TOPOLOGY is asked of configs/pods.json; a@b:c/config.json is a file."""
+  folder = tmp_path / 'a@b:c'
   folder.mkdir()
   (folder / 'config.json').write_text(configs.to_json(configs.load(FILE)))
   (folder / 'c.py').write_text(pathlib.Path(FILE).read_text(encoding='utf-8'), encoding='utf-8')
