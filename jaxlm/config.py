@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import os
 import pathlib
 import re
 import traceback
@@ -118,6 +119,12 @@ def _parse(key: str, text: str):
     return text
 
 
+def shipped() -> pathlib.Path:
+  """The folder of the configs that come with this code: in an installed package within it, in a checkout beside it."""
+  package = pathlib.Path(__file__).absolute().parent
+  return next(folder for folder in (package / 'configs', package.parent / 'configs') if folder.is_dir())
+
+
 def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
   """The Config of `path` ('configs/x.py', 'configs/x.py:argument', or a run's config.json), with overrides. 'configs/x.py@TOPOLOGY' is
   as configs/pods.json recommends for that pod.
@@ -135,7 +142,8 @@ def _read_file(path: str) -> dict:
   """The keys that 'FILE.py' or 'FILE.py:ARGUMENT' states. UsageError, in one line, whatever is wrong with it."""
   file, argument = _split(path)
   if not pathlib.Path(file).is_file():
-    near = difflib.get_close_matches(file, [str(p) for p in pathlib.Path('configs').glob('*.py')], n=2)
+    near = difflib.get_close_matches(pathlib.Path(file).name, [p.name for p in shipped().glob('*.py')], n=2)
+    near = [os.path.relpath(shipped() / name) for name in near]
     raise UsageError(f'--config={path}: no such file{"; did you mean " + " or ".join(near) + "?" if near else ""}')
   spec = importlib.util.spec_from_file_location('jaxlm_config_file', file)
   module = importlib.util.module_from_spec(spec)
@@ -179,9 +187,10 @@ def _run(path: str, function, *arguments):
 
 def _recommended(path: str, topology: str) -> dict:
   """The keys that a pod wants of a config, which `make recommend` wrote beside it."""
-  file = pathlib.Path(path.partition(':')[0])
-  known = json.loads((file.parent / 'pods.json').read_text(encoding='utf-8')) if (file.parent / 'pods.json').is_file() else {}
-  pods = known.get(path.removeprefix(f'{file.parent}/'), {})
+  file, argument = _split(path)
+  beside = pathlib.Path(file).parent / 'pods.json'
+  known = json.loads(beside.read_text(encoding='utf-8')) if beside.is_file() else {}
+  pods = known.get(pathlib.Path(file).name + (f':{argument}' if argument else ''), {})
   found = pods.get(topology, f'nothing is recommended for it; there is {", ".join(pods) or "nothing for this config"}; see jaxlm plan')
   if isinstance(found, str):
     raise UsageError(f'--config={path}@{topology}: {found}')
