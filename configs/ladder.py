@@ -32,8 +32,9 @@ MODELS = {
     't5': dict(model=dict(kind='seq2seq', D=128, H=4, G=4, K=32, F=320, N=3, encoder_N=2, position='relative', mlp='geglu'),
                objective=BESIDE),
     # Norms before the layers; after them, as BERT has it, 2.483 bits a byte of stdlib for 2.477, 2.915 of Shakespeare for 2.917.
-    'bert': dict(model=dict(kind='encoder', D=128, H=4, G=4, K=32, F=512, N=6, V=4104, P=256, norm='layer', norm_place='pre',
-                            embed_norm=True, position='learned', mlp='gelu_exact', bias='all', head='mlm', output_bias=True),
+    'bert': dict(model=dict(kind='encoder', D=128, H=4, G=4, K=32, F=512, N=6, V=4104, vocab=4097, P=256, norm='layer',
+                            norm_place='pre', embed_norm=True, position='learned', mlp='gelu_exact', bias='all', head='mlm',
+                            output_bias=True),
                  objective=dict(name='mask', share=0.25)),
     'gpt2': dict(model=dict(D=128, H=4, G=4, K=32, F=512, N=6, P=256, norm='layer', position='learned', mlp='gelu', bias='all')),
     'llama': dict(model=dict(D=128, H=2, G=1, K=64, F=384, N=6)),

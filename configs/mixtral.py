@@ -15,5 +15,5 @@ def get_config(size='8x7b'):
       model=dict(D=D, H=H, G=8, K=128, F=F, N=N, V=V, tied=False, rope=dict(base=1_000_000.), dtype='bfloat16',
                  remat='full', moe=dict(E=8, F=F, top_k=2, balance_loss=0.02, z_loss=1e-3)),
       optimizer=dict(lr=3e-4, warmup=2000),
-      data=dict(tokenizer='bpe:32000'),
+      data=dict(tokenizer=f'bpe:{V}'),
   ))

@@ -7,13 +7,18 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
+import os
 import pathlib
 import re
+import traceback
 import typing
 
+from ml_collections import ConfigDict
+
 from jaxlm.errors import UsageError
-from jaxlm.schema import FREE, RUN_DATA, TRAINING, Config, TaskConfig, flatten, task_keys
+from jaxlm.schema import FREE, RUN_DATA, TRAINING, Config, TaskConfig, flatten, means, task_keys
 from jaxlm.validate import validate
 
 _DEFAULTS = flatten(Config())
@@ -91,7 +96,7 @@ def nearest(key: str) -> str:
 
 def _convert(key: str, value, kind: type):
   """`value` as `kind` where nothing is lost (an int is a float; a text is only itself), else UsageError."""
-  if kind is float and type(value) is int:
+  if kind is float and type(value) is int and abs(value) <= 2 ** 53:
     return float(value)
   if type(value) is kind:
     return value
@@ -114,6 +119,12 @@ def _parse(key: str, text: str):
     return text
 
 
+def shipped() -> pathlib.Path:
+  """The folder of the configs that come with this code: in an installed package within it, in a checkout beside it."""
+  package = pathlib.Path(__file__).absolute().parent
+  return next(folder for folder in (package / 'configs', package.parent / 'configs') if folder.is_dir())
+
+
 def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
   """The Config of `path` ('configs/x.py', 'configs/x.py:argument', or a run's config.json), with overrides. 'configs/x.py@TOPOLOGY' is
   as configs/pods.json recommends for that pod.
@@ -124,27 +135,62 @@ def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
   path, topology = asked.groups() if asked else (path, '')
   if path.endswith('.json'):
     return _overridden(_read_json(path), overrides)
-  file, _, argument = path.partition(':')
+  return _overridden(_read_file(path) | (_recommended(path, topology) if topology else {}), overrides)
+
+
+def _read_file(path: str) -> dict:
+  """The keys that 'FILE.py' or 'FILE.py:ARGUMENT' states. UsageError, in one line, whatever is wrong with it."""
+  file, argument = _split(path)
   if not pathlib.Path(file).is_file():
-    near = difflib.get_close_matches(file, [str(p) for p in pathlib.Path('configs').glob('*.py')], n=2)
+    near = difflib.get_close_matches(pathlib.Path(file).name, [p.name for p in shipped().glob('*.py')], n=2)
+    near = [os.path.relpath(shipped() / name) for name in near]
     raise UsageError(f'--config={path}: no such file{"; did you mean " + " or ".join(near) + "?" if near else ""}')
   spec = importlib.util.spec_from_file_location('jaxlm_config_file', file)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
+  _run(path, spec.loader.exec_module, module)
+  get_config = getattr(module, 'get_config', None)
+  if not callable(get_config):
     raise UsageError(f'--config={path}: the file has no get_config()')
+  arguments = [argument] if argument else []
   try:
-    values = flatten(module.get_config(*([argument] if argument else [])))
-  except KeyError as e:
-    raise UsageError(f'--config={path}: the file knows no {e}') from e
-  return _overridden(values | (_recommended(path, topology) if topology else {}), overrides)
+    inspect.signature(get_config).bind(*arguments)
+  except TypeError as e:
+    mend = f'takes no argument; leave :{argument} out' if argument else f'wants an argument, {file}:ARGUMENT'
+    raise UsageError(f'--config={path}: its get_config() {mend}') from e
+  config = _run(path, get_config, *arguments)
+  if not isinstance(config, (dict, ConfigDict)):
+    raise UsageError(f'--config={path}: its get_config() returns a {type(config).__name__}; it wants a ConfigDict')
+  try:
+    return flatten(config)
+  except TypeError as e:
+    raise UsageError(f'--config={path}: its get_config() returns keys that are no texts ({e})') from e
+
+
+def _split(path: str) -> tuple[str, str]:
+  """'FILE.py:ARGUMENT' → (FILE.py, ARGUMENT), or '' where there is none."""
+  found = re.fullmatch(r'(.*?\.py)(?::(.*))?', path)
+  return (found[1], found[2] or '') if found else (path, '')
+
+
+def _run(path: str, function, *arguments):
+  """function(*arguments), which is of a config file: what it raises is a UsageError that says what, and in which line."""
+  try:
+    return function(*arguments)
+  except Exception as e:  # pylint: disable=broad-except  # the file is the user's own code
+    file, argument = _split(path)
+    if isinstance(e, KeyError) and e.args == (argument,):
+      raise UsageError(f'--config={path}: the file knows no {argument!r}; its first lines say what it knows') from e
+    own = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(pathlib.Path(file).absolute())]
+    where = f'line {own[-1]} of the file' if own else 'the file'  # a SyntaxError says it itself
+    raise UsageError(f'--config={path}: {where} raises {type(e).__name__}: {(str(e).splitlines() or [""])[0]}') from e
 
 
 def _recommended(path: str, topology: str) -> dict:
   """The keys that a pod wants of a config, which `make recommend` wrote beside it."""
-  file = pathlib.Path(path.partition(':')[0])
-  known = json.loads((file.parent / 'pods.json').read_text(encoding='utf-8')) if (file.parent / 'pods.json').is_file() else {}
-  pods = known.get(path.removeprefix(f'{file.parent}/'), {})
+  file, argument = _split(path)
+  beside = pathlib.Path(file).parent / 'pods.json'
+  known = json.loads(beside.read_text(encoding='utf-8')) if beside.is_file() else {}
+  pods = known.get(pathlib.Path(file).name + (f':{argument}' if argument else ''), {})
   found = pods.get(topology, f'nothing is recommended for it; there is {", ".join(pods) or "nothing for this config"}; see jaxlm plan')
   if isinstance(found, str):
     raise UsageError(f'--config={path}@{topology}: {found}')
@@ -183,7 +229,7 @@ def parsed(overrides: typing.Sequence[tuple[str, str]]) -> dict:
 def _read_json(path: str) -> dict:
   try:
     return flatten(json.loads(pathlib.Path(path).read_text(encoding='utf-8')))
-  except (OSError, ValueError, AttributeError) as e:
+  except (OSError, ValueError, AttributeError, RecursionError) as e:
     raise UsageError(f'--config={path}: is no config.json of a run ({e})') from e
 
 
@@ -240,6 +286,15 @@ def refuse_change(saved: Config, config: Config, allow: tuple[str, ...] = ()) ->
   old, new = flatten(saved), flatten(config)
   for key in old:
     if old[key] != new[key] and not FREE.match(key) and key not in allow:
-      raise UsageError(f'the checkpoint is of another run: {key} was {old[key]!r} and is now {new[key]!r}; '
-                       f'set --config.{key}={old[key]} to go on, another --workdir to start anew, or --allow_change={key} to '
-                       'go on with it changed')
+      _refuse(key, old[key], new[key], f'--config.{key}={old[key]}')
+  old, new = means(saved), means(config)
+  for key in old:
+    if key in new and old[key] != new[key] and key not in allow:
+      unused = key == 'model.pipeline.pieces' and config.mesh.stage == 1
+      mend = f'--config.mesh.stage={saved.mesh.stage}' if unused else f'--config.{key}={old[key]}'
+      _refuse(key, old[key], new[key], mend, ', and losses of this run are means over such pieces of a batch')
+
+
+def _refuse(key: str, old, new, mend: str, why: str = ''):
+  raise UsageError(f'the checkpoint is of another run: {key} was {old!r} and is now {new!r}{why}; set {mend} to go on, another --workdir '
+                   f'to start anew, or --allow_change={key} to go on with it changed')

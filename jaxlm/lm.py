@@ -14,6 +14,7 @@ from jaxlm.errors import UsageError
 from jaxlm.metrics import say
 from jaxlm.models import cache, heads, kinds, lora, ngram
 from jaxlm.sampling import Sampling
+from jaxlm.validate import check_weights
 
 
 _outputs = jax.jit(lambda cfg, params, batch: heads.outputs(cfg, params, kinds.forward(cfg, params, batch)), static_argnums=0)
@@ -146,8 +147,8 @@ def _one_document(tokens_BL) -> dict:
 
 
 def load(workdir, step: int | None = None, mesh: MeshConfig | None = None, merge: bool = True) -> LM:
-  """The newest good checkpoint of a workdir (or `step`) on all devices, laid out by `mesh` (the run's own if None, see
-  layout.serving).
+  """The newest good checkpoint of a workdir (or `step`) on all devices, laid out by `mesh`, the run's own if None, as layout.serving
+  makes it.
   merge: pairs of low rank are added into the weights; else they stay params['lora'].
 
   Raises UsageError (no such checkpoint; a mesh that does not fit), CheckpointError (none can be read).
@@ -160,8 +161,8 @@ def load(workdir, step: int | None = None, mesh: MeshConfig | None = None, merge
         raise UsageError(f'--mesh={mesh.data},{mesh.fsdp},{mesh.tensor}: an n-gram is on the host; leave it out')
       made['mesh'] = layout.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])  # for sampling alone
       return None, made['mesh']
-    config = dataclasses.replace(config, mesh=mesh or layout.serving(config.mesh), batch=2 ** 20)  # rows are padded to the mesh here
-    made['mesh'] = layout.run_mesh(config)
+    made['mesh'] = layout.make_mesh(layout.serving(mesh or config.mesh))
+    check_weights(config.model, dict(made['mesh'].shape))  # rows are those that are asked for, padded to the mesh
     with jax.sharding.use_abstract_mesh(made['mesh'].abstract_mesh):
       return kinds.abstract_params(config.model), made['mesh']
 

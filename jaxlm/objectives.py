@@ -28,7 +28,7 @@ def token_loss(config: Config, params, batch, training: Training | None = None, 
     sums |= {'load': hidden.reports['load_E'], 'dropped': hidden.reports['dropped'].sum()}
   if 'labels' in batch:
     logits_BC = heads.of_pairs(config.model, params, hidden.pooled_BD)
-    sums |= {'pairs_nll': heads.class_nll(logits_BC, batch['labels'][:, 0]).sum(), 'pairs': jnp.float32(len(logits_BC)),
+    sums |= {'pairs_nll': heads.class_nll(logits_BC, batch['labels'][:, 0]).sum(), 'pairs': jnp.sum(jnp.ones_like(logits_BC[:, 0])),
              'pairs_right': jnp.sum(logits_BC.argmax(-1) == batch['labels'][:, 0]).astype(jnp.float32)}
     loss += lead(config).objective.next_sentence * sums['tokens'] * sums['pairs_nll'] / sums['pairs']
   return loss, (sums, hidden.carry)

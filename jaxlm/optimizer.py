@@ -1,4 +1,5 @@
 """Optimizers and learning-rate schedules. A new one is a function and a line of OPTIMIZERS or SCHEDULES."""
+import math
 import re
 
 import jax
@@ -35,8 +36,9 @@ def path_of(path) -> str:
 
 
 def decay_mask(c: OptimizerConfig):
-  """params → True where weight decay applies: every path that c.no_decay does not match."""
-  return lambda params: jax.tree_util.tree_map_with_path(lambda p, _: not re.search(c.no_decay, path_of(p)), params)
+  """params → True where weight decay applies: every path that c.no_decay does not match; '' matches none."""
+  exempt = lambda path: bool(c.no_decay and re.search(c.no_decay, path))
+  return lambda params: jax.tree_util.tree_map_with_path(lambda p, _: not exempt(path_of(p)), params)
 
 
 def _adamw(c: OptimizerConfig, schedule):
@@ -44,9 +46,19 @@ def _adamw(c: OptimizerConfig, schedule):
 
 
 def _muon(c: OptimizerConfig, schedule):
-  return _auto(optax.contrib.muon(
-      schedule, eps=c.eps, weight_decay=c.weight_decay, adam_b1=c.b1, adam_b2=c.b2, consistent_rms=0.2,
-      weight_decay_mask=decay_mask(c), muon_weight_dimension_numbers=_matrices))
+  """Muon for the matrices of the layers, `_adamw` for the rest. optax.contrib.muon cannot say this: its Adam part is Nadam unless
+  Muon's momentum is plain, and decays either nothing or norms and biases too."""
+  def rms(updates, _):  # Liu et al. 2025, §2.2
+    sides = lambda u, axes: (math.prod(u.shape[a] for a in axes.reduction_axis), math.prod(u.shape[a] for a in axes.output_axis))
+    return jax.tree.map(lambda u, axes: 0.2 * max(sides(u, axes)) ** 0.5 * u, updates, _matrices(updates))
+
+  muon = optax.chain(
+      optax.contrib.scale_by_muon(ns_steps=c.ns_steps, beta=c.momentum, eps=c.eps, nesterov=c.nesterov,
+                                  weight_dimension_numbers=_matrices),
+      optax.stateless(rms), optax.add_decayed_weights(c.weight_decay, decay_mask(c)), optax.scale_by_learning_rate(schedule))
+  is_axes = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
+  labels = lambda params: jax.tree.map(lambda axes: 'adam' if axes is None else 'muon', _matrices(params), is_leaf=is_axes)
+  return _auto(optax.partition({'muon': muon, 'adam': _adamw(c, schedule)}, labels))
 
 
 OPTIMIZERS = {'adamw': _adamw, 'muon': _muon}

@@ -197,7 +197,8 @@ class OptimizerConfig:
   """The optimizer (a key of optimizer.OPTIMIZERS) and its learning-rate schedule (a key of SCHEDULES).
 
   muon (Jordan 2024): the matrices of the layers are updated by orthogonalised momentum, scaled to AdamW's usual size
-  (× 0.2 √max(fan-in, fan-out), Liu et al. 2025), so that one `lr` serves them and AdamW for the rest.
+  (× 0.2 √max(fan-in, fan-out), Liu et al. 2025), so that one `lr` serves them and AdamW, which updates the rest. Weight decay is
+  the same for both.
   """
   name: str = 'adamw'
   lr: float = 3e-4
@@ -205,11 +206,14 @@ class OptimizerConfig:
   warmup: int = 100         # steps of linear warmup from 0
   decay: float = 0.2        # wsd: the share of steps that decays
   final: float = 0.1        # learning rate at the last step, as a share of lr
-  b1: float = 0.9
+  b1: float = 0.9           # AdamW's, as b2
   b2: float = 0.95
+  momentum: float = 0.95    # muon: decay of the mean of gradients
+  nesterov: bool = True     # muon: that mean is taken a step ahead, as Nesterov's momentum
+  ns_steps: int = 5         # muon: Newton-Schulz iterations that orthogonalise it
   eps: float = 1e-8
   weight_decay: float = 0.1
-  no_decay: str = r'scale|bias'  # paths (as layers/q/w) that match are not decayed
+  no_decay: str = r'scale|bias'  # paths (as layers/q/w) in which this regular expression is found are not decayed; '': all are
   clip: float = 1.          # by global norm; 0 is off
   offload: bool = False     # its moments rest in the host's memory, and are on the device only while they are used
 
@@ -328,10 +332,19 @@ class Config:
 
 
 # What may differ between a checkpoint and the run that goes on from it: none of these changes what a step computes
-# from the same state and data, except `steps`, which people raise to train on, and `guard`, which they set when a run spikes.
+# from the same state and data, except `steps`, which people raise to train on, and `guard`, which they set when a run spikes; and in some
+# runs those of `means`.
 FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_cache|compiler_options|(mesh|checkpoint|start|guard|watchdog)\..*|'
                   r'data\.(cache|stop|start|never)|tasks\.[^.]+\.metrics|microbatches|loss\.chunks|'
                   r'loss\.over|model\.pipeline\..*|model\.(attention|context|remat|save|offload|scan|pool|normalize)|optimizer\.offload)$')
+
+
+def means(c: Config) -> dict[str, int]:
+  """The keys of FREE that some runs' objective depends on, where this run's does, and into how many pieces each cuts a batch: router
+  losses of a mixture, and next-sentence prediction, are means over such a piece (objectives.token_loss)."""
+  m, routed, o = c.model, c.model.moe.E and (c.model.moe.balance_loss or c.model.moe.z_loss), lead(c).objective
+  out = {'microbatches': c.microbatches} if routed or (o.name == 'pairs' and o.next_sentence) else {}
+  return out | ({'model.pipeline.pieces': 1 if c.mesh.stage == 1 else m.pipeline.pieces or c.mesh.stage} if routed else {})
 
 
 # What of a model is about training it, and not about which function its parameters are.

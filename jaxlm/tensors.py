@@ -1,4 +1,7 @@
-"""The tensors of a layer, by name, that the forward pass can keep for the backward pass; remat.py sees to it. No jax here."""
+"""The tensors of a layer, by name, that the forward pass can keep for the backward pass (remat.py sees to it), and its weights, by
+path. No jax here."""
+import dataclasses
+
 from jaxlm.schema import GATED, ModelConfig, layer_kinds
 
 # The tensors of a layer that can be kept from the forward pass for the backward pass: what a matrix product, a kernel or an
@@ -36,3 +39,25 @@ def kept(m: ModelConfig) -> tuple[str, ...]:
     return tuple(TENSORS) if m.remat == 'none' else ()
   named = (*REMAT[m.remat], *m.save.split(), *m.offload.split())
   return tuple(name for name in TENSORS if name in named)
+
+
+def weights(m: ModelConfig) -> tuple[str, ...]:
+  """Paths of the stacked weights of layers, those that can have a pair of low rank (models/lora.py)."""
+  if m.kind == 'ngram':
+    return ()
+  if m.kind in ('rnn', 'rnn_seq2seq'):
+    encoder = ('encoder/layers', *['encoder/backward'] * m.rnn.bidirectional) if m.kind == 'rnn_seq2seq' else ()
+    return tuple(f'{stack}/{name}/w' for stack in ('layers', *encoder) for name in 'xh')
+  latent = ('q_down', 'q', 'kv_down', 'kv', 'o') if m.mla.q else ('q', 'kv_down', 'kv', 'o')
+  mlp = ('gate', 'up', 'down') if m.mlp in GATED else ('up', 'down')
+
+  def of_layers(N: int) -> list[str]:
+    feeds = {feed for _, feed in layer_kinds(dataclasses.replace(m, N=N))}
+    places = ['mlp'] * ('mlp' in feeds) + ['moe/shared'] * ('moe' in feeds and m.moe.shared > 0)
+    heads = latent if m.mla.kv else 'qkvo'
+    return [f'attention/{name}' for name in heads] + [f'{place}/{name}' for place in places for name in mlp]
+  names = [f'layers/{name}' for name in of_layers(m.N)]
+  if m.kind == 'seq2seq':
+    names += [f'layers/memory_attention/{name}' for name in 'qkvo']
+    names += [f'encoder/layers/{name}' for name in of_layers(m.encoder_N)]
+  return tuple(f'{name}/w' for name in names)

@@ -6,8 +6,9 @@ import math
 import re
 
 from jaxlm.errors import UsageError
-from jaxlm.schema import GATED, METRICS, WORDS, Config, MeshConfig, flatten, layer_kinds, of_task, selected, span_lengths
-from jaxlm.tensors import REMAT, TENSORS, made
+from jaxlm.schema import (GATED, METRICS, WORDS, Config, MeshConfig, ModelConfig, flatten, layer_kinds, lead, of_task, selected,
+                          span_lengths)
+from jaxlm.tensors import REMAT, TENSORS, made, weights
 
 CHOICES = {
     'model.kind': ('decoder', 'encoder', 'seq2seq', 'rnn', 'rnn_seq2seq', 'ngram'),
@@ -33,7 +34,7 @@ ZERO_OK = re.compile(
     r'model\.(P|vocab|window|first|first_position|encoder_N|T|C|norm_offset|attention_scale|'
     r'attention_cap|logit_cap|dropout|lora\.rank|rnn\.(teacher|sampling)|rope\.(local_base|original)|'
     r'pipeline\.pieces|moe\.(E|F|first|room|shared|bias_rate|balance_loss|z_loss)|mla\..*)|'
-    r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2))$')
+    r'optimizer\.(warmup|decay|final|weight_decay|clip|b1|b2|momentum))$')
 
 
 def validate(c: Config) -> None:
@@ -50,9 +51,16 @@ def validate(c: Config) -> None:
   for key, value in flat.items():
     if type(value) in (int, float) and not key.startswith('mesh.'):
       need(value > 0 or (value == 0 and ZERO_OK.match(key)), key, 'wants a number above 0')
-  for key in ('model.dropout', 'data.heldout', 'optimizer.decay', 'optimizer.b1', 'optimizer.b2', 'loss.smoothing',
-              'objective.share'):
+      need(value < math.inf, key, 'wants a finite number')
+      need(type(value) is float or value < 2 ** (32 if key == 'seed' else 31), key, 'wants an integer of 32 bits')
+  for key in ('model.dropout', 'data.heldout', 'optimizer.decay', 'optimizer.b1', 'optimizer.b2', 'optimizer.momentum',
+              'loss.smoothing', 'objective.share'):
     need(0 <= flat[key] < 1, key, 'wants a number from 0 up to, not including, 1')
+  for key in ('optimizer.no_decay', 'model.lora.targets'):
+    try:
+      re.compile(flat[key])
+    except re.error as e:
+      need(False, key, f'is no regular expression ({e})')
   _model(m, need)
   _remat(m, need)
   need(m.ngram.order <= 7, 'model.ngram.order', 'wants 1 to 7')
@@ -64,22 +72,10 @@ def validate(c: Config) -> None:
   need(c.batch % c.microbatches == 0, 'microbatches', f'does not divide batch={c.batch}')
   if not c.tasks:  # the objective of a mixture is its tasks'
     _objective(c, need)
-    targets = 1 if c.objective.name in HEADS else selected(c) if m.kind == 'encoder' else c.length
-    if c.loss.over == 'length':
-      need(targets % c.loss.chunks == 0, 'loss.chunks', f'does not divide the {targets} targets of a row (length={c.length})')
-    else:
-      need(m.V % c.loss.chunks == 0, 'loss.chunks', f'does not divide model.V={m.V}')
+    _check_chunks(c, dataclasses.asdict(MeshConfig(fsdp=1)))
   need(c.guard.window >= 2, 'guard.window', 'wants 2 steps or more')
-  try:
-    re.compile(c.optimizer.no_decay)
-  except re.error as e:
-    need(False, 'optimizer.no_decay', f'is no regular expression ({e})')
-  sizes = {key.removeprefix('mesh.'): size for key, size in flat.items() if key.startswith('mesh.')}
-  for axis, size in sizes.items():
-    need(size >= 1 or size == -1, f'mesh.{axis}', 'wants a count of devices, or -1 for what is left')
-  fill = [axis for axis, size in sizes.items() if size == -1]
-  need(len(fill) < 2, f'mesh.{(fill or ["fsdp"])[-1]}', f'only one axis may be -1, and {fill[:1]} is')
-  if not fill:
+  _sizes(c.mesh)
+  if -1 not in (sizes := dataclasses.asdict(c.mesh)).values():
     check_mesh(c, sizes)
   _tasks(c, need)
 
@@ -138,6 +134,11 @@ def _objective(c: Config, need) -> None:
   """The objective, the data and the kind of model must go together."""
   m, o = c.model, c.objective
   need(o.name in OBJECTIVES[m.kind], 'objective.name', f'model.kind={m.kind} wants one of {", ".join(OBJECTIVES[m.kind])}')
+  from jaxlm.data import sources  # pylint: disable=g-import-not-at-top  # which imports no jax
+  need(not sources.refusal(c.data.source), 'data.source', sources.refusal(c.data.source))
+  kind, _, size = c.data.tokenizer.partition(':')
+  need(kind != 'bpe' or (size.isdecimal() and int(size) >= 257), 'data.tokenizer',
+       'bpe wants a size of at least 257: 256 bytes and a boundary')
   reads = m.kind in ('seq2seq', 'rnn_seq2seq')
   need((o.source > 0) == reads, 'objective.source', 'wants the tokens that the encoder reads' if reads else
        f'model.kind={m.kind} has no encoder beside it: set 0')
@@ -199,6 +200,8 @@ def _model(m, need) -> None:
   if m.position == 'rope':
     turned = m.mla.rope if m.mla.kv else m.K * m.rope.share
     need(turned == int(turned) and turned % 2 == 0, 'model.K', f'rope turns pairs: {turned:g} dims are no even number')
+  need(not m.lora.rank or (m.lora.targets and any(re.search(m.lora.targets, path) for path in weights(m))), 'model.lora.targets',
+       'is found in the path of no weight of the layers; there are ' + (', '.join(weights(m)) or f'none of model.kind={m.kind}'))
   need(m.rope.share <= 1, 'model.rope.share', 'wants a share, up to 1')
   need(m.rope.scaling in ('none', 'linear') or m.rope.original > 0, 'model.rope.original',
        f'rope.scaling={m.rope.scaling} wants the positions trained on before')
@@ -242,9 +245,21 @@ def _remat(m, need) -> None:
   need(not both, 'model.offload', f'{" and ".join(sorted(both))} cannot be in model.save too: take it out of one')
 
 
+def _sizes(mesh: MeshConfig) -> dict[str, int]:
+  """Devices an axis, one of them perhaps −1. Raises UsageError."""
+  sizes = dataclasses.asdict(mesh)
+  for axis, size in sizes.items():
+    if size < 1 and size != -1:
+      raise UsageError(f'mesh.{axis}={size}: wants a count of devices, or -1 for what is left')
+  fill = [f'mesh.{axis}' for axis, size in sizes.items() if size == -1]
+  if len(fill) > 1:
+    raise UsageError(f'{fill[1]}=-1: only one axis may be what is left, and {fill[0]} is')
+  return sizes
+
+
 def filled(mesh: MeshConfig, devices: int) -> dict[str, int]:
   """Devices an axis, −1 filled. UsageError if the axes do not use exactly so many: a run never silently leaves some idle."""
-  sizes = dataclasses.asdict(mesh)
+  sizes = _sizes(mesh)
   known = math.prod(size for size in sizes.values() if size != -1)
   if devices % known or (-1 not in sizes.values() and known != devices):
     text = ' × '.join(f'{axis}={size}' for axis, size in sizes.items())
@@ -252,14 +267,8 @@ def filled(mesh: MeshConfig, devices: int) -> dict[str, int]:
   return {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
 
 
-def check_mesh(c: Config, sizes: dict) -> None:
-  """Everything that a mesh of these sizes must divide. Raises UsageError."""
-  m = c.model
-  rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
-  per = c.batch // c.microbatches
-  if per % rows:
-    raise UsageError(f'batch={c.batch} in {c.microbatches} microbatches gives {per} sequences, which mesh.data × '
-                     f'mesh.fsdp × mesh.expert = {rows} does not divide; set batch to a multiple of {rows * c.microbatches}')
+def check_weights(m: ModelConfig, sizes: dict) -> None:
+  """What a mesh of these sizes must divide of a model, whatever it is used for. Raises UsageError."""
   cut = {'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor', 'stage'), 'D': ('fsdp', 'stage', 'expert')}
   values = {letter: getattr(m, letter) for letter in cut} | ({'moe.F': m.moe.F, 'moe.shared': m.moe.shared} if m.moe.E else {})
   for key, value in values.items():
@@ -271,6 +280,17 @@ def check_mesh(c: Config, sizes: dict) -> None:
                        f'the next that fits is {-(-value // size) * size}')
   if sizes['expert'] > 1 and (not m.moe.E or m.moe.E % sizes['expert']):
     raise UsageError(f'model.moe.E={m.moe.E}: mesh.expert={sizes["expert"]} does not divide it; set mesh.expert to a divisor')
+
+
+def check_mesh(c: Config, sizes: dict) -> None:
+  """Everything that a mesh of these sizes must divide of a training step. Raises UsageError."""
+  m = c.model
+  rows = sizes['data'] * sizes['fsdp'] * sizes['expert']
+  per = c.batch // c.microbatches
+  if per % rows:
+    raise UsageError(f'batch={c.batch} in {c.microbatches} microbatches gives {per} sequences, which mesh.data × '
+                     f'mesh.fsdp × mesh.expert = {rows} does not divide; set batch to a multiple of {rows * c.microbatches}')
+  check_weights(m, sizes)
   for axis in ('context', 'stage'):
     if sizes[axis] > 1 and m.kind != 'decoder':
       raise UsageError(f'model.kind={m.kind}: mesh.{axis}={sizes[axis]} wants a decoder; set 1')
@@ -284,10 +304,23 @@ def check_mesh(c: Config, sizes: dict) -> None:
   if sizes['context'] > 1 and m.moe.E and m.moe.dispatch == 'capacity':
     raise UsageError(f'model.moe.dispatch=capacity: places go by order in a row, which mesh.context={sizes["context"]} cuts; '
                      'set dropless, or mesh.context=1')
-  whole, parts = (c.length, sizes['context']) if c.loss.over == 'length' else (m.V, sizes['tensor'] * sizes['stage'])
-  if m.kind == 'decoder' and whole // parts % c.loss.chunks:
-    raise UsageError(f'loss.chunks={c.loss.chunks}: does not divide {whole} / {parts} = {whole // parts}, what a device has of the '
-                     f'{c.loss.over}')
+  _check_chunks(lead(c), sizes)
+
+
+def _check_chunks(c: Config, sizes: dict) -> None:
+  """loss.cross_entropy cuts what a device has of a row's targets, or of the vocabulary, into loss.chunks even pieces. UsageError."""
+  if c.model.kind == 'ngram' or c.objective.name in HEADS:  # which have another loss, or none
+    return
+  if c.loss.over == 'length':
+    axes, whole = ('context',), selected(c) if c.model.kind == 'encoder' else c.length
+    what = f'targets of a row of length={c.length}'
+  else:
+    axes, whole, what = ('tensor', 'stage'), c.model.V, f'rows of model.V={c.model.V}'
+  parts = math.prod(sizes[a] for a in axes)
+  if whole // parts % c.loss.chunks:
+    on = ' × '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes[a] > 1)
+    cut = f'{whole} / {parts} = {whole // parts} {what} that a device of {on} has' if on else f'{whole} {what}'
+    raise UsageError(f'loss.chunks={c.loss.chunks}: does not divide the {cut}; set {math.gcd(whole // parts, c.loss.chunks)}')
 
 
 def _check_stages(c: Config, stages: int, rows: int) -> None:

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm import checkpoint, config as configs, train as training
+from jaxlm import checkpoint, config as configs, lm as lms, train as training
 from jaxlm.checkpoint import Checkpoints, steps
 from jaxlm.errors import CheckpointError, JaxlmError, StorageError, UsageError
 from jaxlm.models import kinds
 from jaxlm.resume import load
+from jaxlm.schema import MeshConfig
 from tests import common
 
 
@@ -178,6 +179,20 @@ def test_load_finds_the_newest_or_the_step_asked_for(unbroken):
     load(unbroken, abstract, 7)
 
 
+def test_a_run_of_three_devices_and_three_microbatches_is_loaded_on_its_mesh_and_on_others(texts, tmp_path, monkeypatch):
+  """Of a step's batch nothing has to fit: rows are what is asked for. What fits no mesh is said of the model, not of a batch."""
+  tokens_BL = np.arange(4 * 8).reshape(4, 8)
+  with monkeypatch.context() as three:
+    three.setattr(jax, 'devices', lambda devices=jax.devices(): devices[:3])
+    training.train(run_config(texts, steps=1, batch=9, microbatches=3, **{'model.D': 48, 'mesh.fsdp': 3, 'mesh.tensor': 1}), tmp_path)
+    own = lms.load(tmp_path)
+    assert own.rows_multiple == 3
+    there_BLV = own.logits(tokens_BL)
+  np.testing.assert_allclose(there_BLV, lms.load(tmp_path, mesh=MeshConfig(2, 2, 2)).logits(tokens_BL), atol=1e-5)
+  with pytest.raises(UsageError, match='^model.G=4: mesh.tensor=8 does not divide it'):
+    lms.load(tmp_path, mesh=MeshConfig(1, 1, 8))
+
+
 def test_what_travels_with_the_state(unbroken, texts):
   meta = Checkpoints(unbroken, read_only=True).read_meta(9)
   assert meta['examples'] == 9 * 8
@@ -199,8 +214,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(texts, tmp_path):
 
 
 def test_held_out_loss_in_training_is_the_mean_over_its_windows(texts, tmp_path):
-  from jaxlm import lm as lms
-  from jaxlm.schema import MeshConfig
   c = run_config(texts, eval_every=6, eval_windows=10)
   training.train(c, tmp_path)
   found = {m['step']: m['heldout_loss'] for m in metrics(tmp_path) if 'heldout_loss' in m}

@@ -47,6 +47,14 @@ def test_minus_one_fills_and_axes_are_explicit():
   assert set(mesh.axis_types) == {AxisType.Explicit}
 
 
+@pytest.mark.parametrize('sizes, says', [((0, 1, 1), 'mesh.data=0: wants a count'), ((1, -2, 1), 'mesh.fsdp=-2: wants a count'),
+                                         ((-1, 1, -1), 'mesh.tensor=-1: only one axis may be what is left, and mesh.data is')])
+def test_sizes_that_are_none_are_refused_wherever_they_come_from(sizes, says):
+  """A config's, or those of --mesh, which no config has checked."""
+  with pytest.raises(UsageError, match=says):
+    layout.make_mesh(MeshConfig(*sizes))
+
+
 @pytest.mark.parametrize('sizes', [(1, 1, 1), (3, -1, 1), (1, 16, 1), (2, 2, 1)])
 def test_a_mesh_that_leaves_devices_idle_is_refused(sizes):
   with pytest.raises(UsageError, match='8 devices'):

@@ -20,6 +20,7 @@ MOE = {'model.moe.E': 4, 'model.moe.F': 32}
 CASES = {
     'llama': {'model.N': 4}, 'llama-gather': {'model.N': 4, 'model.context': 'gather'},
     'llama-rounds-remat': {'model.N': 4, 'model.pipeline.rounds': 2, 'model.pipeline.pieces': 4, 'model.remat': 'full'},
+    'llama-relative': {'model.N': 4, 'model.position': 'relative'}, 'llama-relative-gather': {'model.position': 'relative', 'model.context': 'gather'},
     'llama-vocabulary': {'model.N': 4, 'loss.over': 'vocabulary', 'loss.z_loss': 1e-4},
     'llama-moe': {'model.N': 4, **MOE}, 'llama-moe-capacity': {'model.N': 4, **MOE, 'model.moe.dispatch': 'capacity'},
     'gpt2-dropout': {'model.dropout': 0.1},
@@ -37,13 +38,14 @@ CASES = {
 MESHES = {
     'llama': [(8, 1, 1), (1, 8, 1), (1, 1, 4), (1, 1, 1, 8), (1, 1, 1, 1, 1, 4), (2, 2, 2)],
     'llama-gather': [(1, 2, 1, 4)], 'llama-rounds-remat': [(1, 1, 2, 1, 1, 2)], 'llama-vocabulary': [(1, 2, 2, 2)],
+    'llama-relative': [(1, 1, 1, 4, 1, 2)], 'llama-relative-gather': [(1, 2, 2, 2)],
     'llama-moe': [(1, 1, 1, 1, 4), (1, 1, 1, 4, 2), (1, 2, 1, 1, 1, 4)], 'llama-moe-capacity': [(1, 2, 2, 1, 2)],
     'llama-mixture-local-capped': [(1, 2, 1, 4)],
 }
 MORE = {
     'llama': [(2, 4, 1), (2, 1, 4), (1, 4, 2), (1, 2, 4), (1, 2, 1, 4), (1, 1, 2, 4), (1, 4, 1, 1, 1, 2), (1, 1, 4, 1, 1, 2),
               (1, 1, 1, 4, 1, 2)],
-    'llama-gather': [(1, 1, 1, 4)],
+    'llama-gather': [(1, 1, 1, 4), (1, 1, 1, 4, 1, 2)], 'llama-relative': [(1, 1, 1, 8)],
     'llama-moe': [(2, 1, 1, 1, 4), (1, 2, 1, 1, 4), (1, 1, 4, 1, 2), (1, 1, 1, 1, 4, 2), (1, 4, 2), (1, 1, 1, 4)],
     'gpt2-dropout': [(1, 4, 2)], 'llama-muon-remat-untied-zloss': [(1, 2, 4)], 'llama-mixture-local-capped': [(1, 2, 4)],
 }

@@ -2,6 +2,12 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tomllib
 
 import jax
 import pytest
@@ -151,6 +157,40 @@ def test_rows_that_nothing_was_fitted_on():
   """docs/planner.md has the table; what is beyond 15% is named here, so that a new one is seen."""
   beyond = {r['name']: round(r['ratio'], 2) for r in published.results() if not r['fitted'] and not .85 <= r['ratio'] <= 1.15}
   assert set(beyond) <= {'Fuji-70B, 4 × v6e:16x16'}
+
+
+PYPROJECT = tomllib.loads(pathlib.Path('pyproject.toml').read_text(encoding='utf-8'))['tool']['setuptools']
+
+
+@pytest.mark.parametrize('installed', [False, True], ids=['checkout', 'installed'])
+def test_published_rows_are_those_of_any_folder(installed, tmp_path):
+  """From where no configs/ is; installed as pyproject.toml says what a wheel has of which folder."""
+  root = pathlib.Path.cwd()
+  if installed:
+    folders = {package: PYPROJECT['package-dir'].get(package, package.replace('.', '/')) for package in PYPROJECT['packages']}
+    folders['jaxlm.configs.finetune'] = f'{folders["jaxlm.configs"]}/finetune'
+    for package, folder in folders.items():
+      (target := tmp_path / 'site' / package.replace('.', '/')).mkdir(parents=True)
+      for pattern in ('*.py', *PYPROJECT['package-data'].get(package, ())):
+        for file in (root / folder).glob(pattern):
+          shutil.copy(file, target)
+    root = tmp_path / 'site'
+    assert {p.name for p in pathlib.Path('configs').rglob('*.py')} == {p.name for p in (root / 'jaxlm/configs').rglob('*.py')}
+  code = ('from jaxlm import config; from jaxlm.plan import published\n'
+          'for row in published.ROWS[:2]: print(published.as_job(row).config.model.D)\n'
+          'print(config.load(f"{config.shipped()}/llama3.py:8b@v5p:4x4x8").mesh.fsdp)')
+  (tmp_path / 'elsewhere').mkdir()
+  out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path / 'elsewhere', env=os.environ | {'PYTHONPATH': str(root)}, text=True,
+                       capture_output=True, check=False)
+  expected = [configs.load(f'configs/{row.config}').model.D for row in published.ROWS[:2]]
+  assert out.stdout.split() == [*map(str, expected), str(configs.load('configs/llama3.py:8b@v5p:4x4x8').mesh.fsdp)], out.stderr
+
+
+def test_a_recommendation_is_found_however_its_file_is_written(monkeypatch, tmp_path):
+  found = [configs.load(f'{folder}llama3.py:8b@v5p:4x4x8') for folder in ('configs/', './configs/', f'{pathlib.Path.cwd()}/configs/',
+                                                                          'configs//', '../' + pathlib.Path.cwd().name + '/configs/')]
+  monkeypatch.chdir('configs')
+  assert {*found, configs.load('llama3.py:8b@v5p:4x4x8')} == {found[0]}
 
 
 def test_the_command_and_its_json(tmp_path, capsys):

@@ -13,6 +13,7 @@ from jaxlm import config as configs, layout, schema
 from jaxlm.interop import convert
 from jaxlm.optimizer import make_optimizer
 from jaxlm.plan import cost
+from jaxlm.plan.shrink import most_tokens
 from jaxlm.step import abstract_state
 
 
@@ -34,7 +35,7 @@ PUBLISHED = {
     'gemma3:270m': 268_098_176, 'gemma3:1b': 999_885_952, 'gemma3:4b': 3_880_263_168, 'gemma3:12b': 11_766_034_176,
     'gemma3:27b': 27_009_346_304,
     'gpt2:124m': 124_439_808, 'gpt2:355m': 354_823_168, 'gpt2:774m': 774_030_080, 'gpt2:1558m': 1_557_611_200,
-    'gpt2_small': 124_475_904,  # with its 50,304 rows
+    'gpt2_small': 124_439_808,
     'gpt3:125m': '125M', 'gpt3:350m': '356M', 'gpt3:760m': '760M', 'gpt3:1.3b': '1.3B', 'gpt3:2.7b': '2.7B',
     'gpt3:6.7b': '6.7B', 'gpt3:13b': '13B', 'gpt3:175b': '174.6B',  # tables 2.1 and D.1
     'llama2:7b': 6_738_415_616, 'llama2:13b': 13_015_864_320, 'llama2:70b': 68_976_648_192,
@@ -52,6 +53,33 @@ PUBLISHED = {
     'qwen3:235b-a22b': 235_093_634_560,
     'smollm2:135m': 134_515_008, 'smollm2:360m': 361_821_120, 'smollm2:1.7b': 1_711_376_384,
 }
+
+
+# Rows of published weights, padding and tokens that are added later among them, where the tokenizer that a config trains has fewer.
+PUBLISHED_ROWS = {'deepseek_v3': {129_280}, 'gemma3': {262_208}, 'olmo2': {100_352}, 'phi3': {32_064}, 'pythia': {50_304, 50_432, 50_688},
+                  'qwen2': {151_936, 152_064}, 'qwen3': {151_936}}
+
+
+def test_no_config_trains_rows_that_only_pad_the_vocabulary():
+  """All but the tokens that its tokenizer can have, and that its objective puts in, is beyond model.vocab."""
+  seen, published = set(), set()
+  for path in sorted(glob.glob('configs/**/*.py', recursive=True)):
+    spec = importlib.util.spec_from_file_location('c', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    choices = next((getattr(module, name) for name in ('SIZES', 'MODELS', 'TEMPLATES', 'ORDERS') if hasattr(module, name)), [None])
+    for choice in choices:
+      c = configs.load(f'{path}:{choice}' if choice else path)
+      family, rows, needed = path.removeprefix('configs/').removesuffix('.py'), c.model.vocab or c.model.V, most_tokens(c)
+      seen.add(family)
+      if c.data.tokenizer == 'start':  # of a run that is there only then
+        continue
+      if rows in PUBLISHED_ROWS.get(family, ()):
+        published.add((family, rows))
+      else:
+        assert rows == needed, f'{path}:{choice}: {rows} rows for {needed} tokens; set model.vocab={needed}'
+  assert {'gpt2_small', 'ladder', 'finetune/multitask', 'ngram'} < seen
+  assert published == {(family, rows) for family, known in PUBLISHED_ROWS.items() for rows in known}
 
 
 def load(name: str) -> schema.Config:

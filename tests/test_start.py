@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import config as configs, lm as lms, train
+from jaxlm import config as configs, lm as lms, tensors, train
 from jaxlm.errors import UsageError
 from jaxlm.models import kinds, lora
 from jaxlm.optimizer import make_optimizer
@@ -45,6 +45,19 @@ def test_what_fits_is_loaded_and_the_rest_is_reported(base, texts, tmp_path, cap
   assert new['embed'].shape[0] == 272 and np.abs(new['embed'][264:]).max() > 0
   with pytest.raises(UsageError, match='no array of it has the path and shape'):
     train.train(run_config(texts, **start, **{'model.D': 64, 'model.N': 2, 'model.K': 16}), tmp_path / 'b')
+
+
+MLA = {'G': 8, 'mla.kv': 8, 'mla.rope': 4, 'mla.v': 4}
+MIXTURE = {'moe.E': 4, 'moe.F': 16}
+
+
+@pytest.mark.parametrize('family, changes', [
+    *((family, {}) for family in common.MODELS), ('llama', MLA), ('llama', {**MLA, 'mla.q': 8}), ('llama', MIXTURE),
+    ('llama', {**MIXTURE, 'moe.shared': 8, 'moe.first': 1}), ('t5', {**MIXTURE, 'moe.shared': 8, 'moe.every': 2})], ids=str)
+def test_weights_that_can_have_a_pair_are_known_without_making_them(one_device, family, changes):
+  """What validation, which has no jax, says of them is what the models' own code makes."""
+  m = common.config(family, **{f'model.{k}': v for k, v in changes.items()}).model
+  assert sorted(tensors.weights(m)) == sorted(path for path in lora.flat(kinds.abstract_params(m)) if lora.STACKED.match(path))
 
 
 def test_a_run_goes_on_from_its_own_checkpoint_and_not_from_the_start(base, texts, tmp_path, capsys):

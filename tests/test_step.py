@@ -3,7 +3,11 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlm import config as configs, layout, objectives
+from jaxlm.errors import UsageError
+from jaxlm.models import kinds
 from jaxlm.optimizer import make_optimizer
+from jaxlm.schema import FREE
 from jaxlm.step import init_state, make_step
 from tests import common
 
@@ -41,6 +45,62 @@ def test_gradients_summed_in_bfloat16_train_as_those_in_float32():
   assert nll['narrow'] != nll['usual']  # it did something
   assert abs(nll['narrow'] - nll['usual']) < max(abs(nll['usual'] - nll['exact']), 1e-3 * nll['exact'])
   assert nll['narrow'] < 0.9 * first
+
+
+MIXTURE = {'model.N': 1, 'model.moe.E': 4, 'model.moe.F': 32}
+STAGES = {**MIXTURE, 'model.N': 2, 'mesh.stage': 2, 'mesh.fsdp': 2, 'model.pipeline.pieces': 4}
+IN_PIECES = [  # family, a run, a change of how its batches are cut, and whether that changes the objective
+    ('llama', MIXTURE, {'microbatches': 2}, False),
+    ('llama', {**MIXTURE, 'model.moe.balance_loss': 1.}, {'microbatches': 2}, True),
+    ('llama', {**STAGES, 'model.moe.balance_loss': 1.}, {'model.pipeline.pieces': 0}, True),
+    ('bert', {}, {'microbatches': 2}, True),
+    ('bert', {'objective.next_sentence': 0.}, {'microbatches': 2}, False),
+]
+
+
+@pytest.mark.parametrize('family, run, change, other', IN_PIECES, ids=str)
+def test_how_a_batch_is_cut_may_change_just_where_the_objective_does_not_depend_on_it(family, run, change, other):
+  key, = change
+  a, b = common.config(family, **run), common.config(family, **{**run, **change})
+  with jax.set_mesh(common.mesh_of(1, a.mesh.stage, 1, 1, 1, a.mesh.stage)):
+    batch = common.put(common.batch(a) if family == 'llama' else common.examples_of(a))
+    params = jax.jit(lambda: kinds.init_params(a.model, jax.random.key(0)))()
+    loss = lambda c, params, batch: sum(objectives.of(c)(c, params, jax.tree.map(lambda a: a[n], layout.deal(c.microbatches, batch)))[0]
+                                        for n in range(c.microbatches))  # as a step has it
+    losses = [float(jax.jit(loss, static_argnums=0)(c, params, batch)) for c in (a, b)]
+  assert FREE.match(key) and (abs(losses[1] / losses[0] - 1) > 1e-6) == other, losses
+  if other:
+    with pytest.raises(UsageError, match=f'another run: {key} was .* means over such pieces of a batch; set --config.{key}='):
+      configs.refuse_change(a, b)
+  else:
+    configs.refuse_change(a, b)
+  configs.refuse_change(a, b, (key,))
+  configs.refuse_change(b, b)
+
+
+def test_pairs_are_trained_in_microbatches(one_device):
+  """Counts are sums over them, and so is what is learned of the tokens, where the pairs count nothing."""
+  c1, c4 = (common.config('bert', **{'objective.next_sentence': 0., 'microbatches': n}) for n in (1, 4))
+  sums1, sums4 = (one_step(c, common.examples_of(c))[1] for c in (c1, c4))
+  assert float(sums1['pairs']) == float(sums4['pairs']) == c1.batch
+  for name in ('nll', 'grad_norm', 'pairs_nll'):
+    np.testing.assert_allclose(sums4[name], sums1[name], rtol=1e-5)
+
+
+def test_pieces_of_a_pipeline_are_those_that_there_are():
+  """As many as stages, where none are stated; one, where there is one stage."""
+  run = {**STAGES, 'model.moe.balance_loss': 1.}
+  of = lambda stages, pieces: common.config(**{**run, 'mesh.stage': stages, 'model.pipeline.pieces': pieces})
+  configs.refuse_change(of(2, 0), of(2, 2))
+  configs.refuse_change(of(1, 0), of(1, 4))
+  configs.refuse_change(of(1, 0), of(2, 1))
+  with pytest.raises(UsageError, match='pieces was 2 and is now 4, .* set --config.model.pipeline.pieces=2 to go on'):
+    configs.refuse_change(of(2, 0), of(2, 4))
+  with pytest.raises(UsageError, match='pieces was 2 and is now 1, .* set --config.mesh.stage=2 to go on'):
+    configs.refuse_change(of(2, 0), of(1, 0))
+  z = {**MIXTURE, 'model.moe.z_loss': 1.}
+  with pytest.raises(UsageError, match='microbatches was 1 and is now 2, .* set --config.microbatches=1 to go on'):
+    configs.refuse_change(common.config(**z), common.config(**z, microbatches=2))
 
 
 def test_dropout_differs_by_step_and_not_by_run(one_device):

@@ -14,5 +14,5 @@ def get_config(classes='ham|spam'):
       model=dict(kind='encoder', D=128, H=4, G=4, K=32, F=512, N=4, V=4096, P=256, norm='layer', norm_place='pre', embed_norm=True,
                  position='learned', mlp='gelu_exact', bias='all', head='classify', pooler=True, C=len(classes.split('|')),
                  dropout=0.1),
-      objective=dict(name='classify'), loss=dict(chunks=1), optimizer=dict(lr=1e-3, warmup=60, final=0.05),
+      objective=dict(name='classify'), optimizer=dict(lr=1e-3, warmup=60, final=0.05),
       data=dict(source='jsonl:runs/data/spam.jsonl', target='label', classes=classes, tokenizer='bpe:4096', heldout=0.1)))

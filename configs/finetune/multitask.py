@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 def get_config():
   return ConfigDict(dict(
       steps=3000, batch=32, length=64, log_every=50, save_every=500, eval_every=500,
-      model=dict(kind='seq2seq', D=192, H=6, G=6, K=32, F=384, N=3, encoder_N=3, V=8192, position='relative', mlp='geglu',
-                 dropout=0.1, init_std=0.05),
+      model=dict(kind='seq2seq', D=192, H=6, G=6, K=32, F=384, N=3, encoder_N=3, V=8192, vocab=8100, position='relative',
+                 mlp='geglu', dropout=0.1, init_std=0.05),
       objective=dict(source=64), loss=dict(chunks=4),
       optimizer=dict(lr=1.5e-3, warmup=200, schedule='inverse_sqrt', b2=0.98),
-      data=dict(tokenizer='bpe:8000', heldout=0.02),  # and 100 rows for sentinels
+      data=dict(tokenizer='bpe:8000', heldout=0.02),  # vocab: and 100 rows for sentinels
       tasks=dict(
           translate=dict(weight=2., prefix='translate German to English: ', metrics='bleu', objective=dict(name='answer'),
                          data=dict(source='jsonl:runs/data/german.jsonl', key='de', target='en')),

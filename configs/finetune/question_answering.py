@@ -13,6 +13,6 @@ def get_config():
       steps=2000, batch=32, length=128, log_every=50, save_every=500, eval_every=500,
       model=dict(kind='encoder', D=128, H=4, G=4, K=32, F=512, N=4, V=6000, P=128, T=2, norm='layer', norm_place='pre', embed_norm=True,
                  position='learned', mlp='gelu_exact', bias='all', head='span', C=2, dropout=0.1),
-      objective=dict(name='span'), loss=dict(chunks=1), optimizer=dict(lr=1e-3, warmup=100, final=0.05),
+      objective=dict(name='span'), optimizer=dict(lr=1e-3, warmup=100, final=0.05),
       data=dict(source='jsonl:runs/data/meanings.jsonl', form='span', key='question', context='context', target='answers',
                 tokenizer='bpe:6000', heldout=0.02)))

@@ -19,6 +19,6 @@ def get_config():
       steps=1500, batch=64, length=64, log_every=50, save_every=500, eval_every=500,
       model=dict(kind='encoder', D=128, H=4, G=4, K=32, F=512, N=3, V=4096, P=64, norm='layer', norm_place='pre', embed_norm=True,
                  position='learned', mlp='gelu_exact', bias='all', head='tag', C=len(classes), dropout=0.1),
-      objective=dict(name='tag'), loss=dict(chunks=1), optimizer=dict(lr=1e-3, warmup=100, final=0.05),
+      objective=dict(name='tag'), optimizer=dict(lr=1e-3, warmup=100, final=0.05),
       data=dict(source='jsonl:runs/data/brown.jsonl', form='tags', key='words', target='tags', classes='|'.join(classes),
                 tokenizer='bpe:4096', heldout=0.02)))

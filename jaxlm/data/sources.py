@@ -12,6 +12,7 @@ what else data.form can make of its fields. data.prefix is put before each text 
 Each source is split once and for all: a document is held out if the hash of its name falls in the held-out share.
 """
 import dataclasses
+import difflib
 import glob
 import hashlib
 import json
@@ -34,6 +35,16 @@ def is_heldout(name: str, share: float) -> bool:
   return int.from_bytes(digest, 'big') < share * 2 ** 64
 
 
+def refusal(source: str) -> str:
+  """Why a SOURCE can be read on no machine, or ''."""
+  kind, _, rest = source.partition(':')
+  near = difflib.get_close_matches(kind, SOURCES, n=1)
+  if kind not in SOURCES or bool(rest) == (kind == 'stdlib'):
+    return ('wants one of stdlib, text:GLOB, jsonl:GLOB, arrayrecord:GLOB, tfds:NAME/SPLIT'
+            + (f'; did you mean {near[0]}?' if near and kind not in SOURCES else ''))
+  return 'wants tfds:NAME/SPLIT, as tfds:lm1b/train' if kind == 'tfds' and not rest.rpartition('/')[0] else ''
+
+
 def documents(source: str, data: DataConfig, split: str) -> Iterator[tuple[str, str]]:
   """(name, text) of the documents of `source` in `split`: 'train', 'heldout' or 'all'. Empty ones are left out.
 
@@ -46,9 +57,8 @@ def records(source: str, data: DataConfig, split: str) -> Iterator[tuple]:
   """(name, *fields), as `documents`, the fields as data.form has them: of texts (text,) or, with data.target, (question,
   answer)."""
   kind, _, rest = source.partition(':')
-  if kind not in SOURCES or bool(rest) == (kind == 'stdlib'):
-    raise UsageError(f'data source {source!r}: wants one of stdlib, text:GLOB, jsonl:GLOB, arrayrecord:GLOB, '
-                     'tfds:NAME/SPLIT')
+  if why := refusal(source):
+    raise UsageError(f'data source {source!r}: {why}')
   if kind in ('stdlib', 'text') and (data.target or data.form != 'text'):
     wants = f'data.target={data.target!r}' if data.target else f'data.key={data.key!r}'
     raise UsageError(f'data source {source!r}: has no field {wants}; jsonl, arrayrecord and tfds have fields')
@@ -118,8 +128,6 @@ def _tfds(rest: str, read):
   """A prepared TFDS dataset (any folder on TFDS_DATA_DIR or ~/tensorflow_datasets): never a download."""
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
   dataset, _, split = rest.rpartition('/')
-  if not dataset:
-    raise UsageError(f'data source tfds:{rest}: wants tfds:NAME/SPLIT, as tfds:lm1b/train')
   try:
     builder = tfds.builder_from_directory(_tfds_folder(dataset))
     records = builder.as_data_source(split)

@@ -44,6 +44,8 @@ def zigzag(a, back: bool = False):
 
 def places(L: int, S: int) -> np.ndarray:
   """Where in the text each place of a row in zigzag order is."""
+  if S == 1:
+    return np.arange(L, dtype=np.int32)
   half = L // (2 * S)
   order = [n for device in range(S) for n in (device, 2 * S - 1 - device)]
   return np.concatenate([np.arange(n * half, (n + 1) * half) for n in order]).astype(np.int32)
@@ -61,10 +63,31 @@ class PlaceOf:
     return (piece // 2 + piece % 2 * (2 * self.S - 1 - piece // 2 * 2)) * half + n % half
 
 
+def _whole(a):
+  """The pieces that all devices of the axis hold, put together along axis 1."""
+  return jax.lax.all_gather(a, AXIS, axis=1, tiled=True)
+
+
+@jax.custom_vjp
+def _whole_on_a_stage(a):
+  """_whole whose gradient is exchanged, then added up. What JAX itself would do, a reduce-scatter, fails an assertion (jax 0.10 to
+  0.12, _reduce_scatter_lowering) where an axis that is not mapped cuts the array: under a pipeline's vmap over mesh.stage."""
+  return _whole(a)
+
+
+def _exchanged(_, g):
+  S = jax.lax.axis_size(AXIS)
+  pieces = g.reshape(g.shape[0], S, -1, *g.shape[2:])
+  return (jax.lax.all_to_all(pieces, AXIS, 1, 1).sum(1),)
+
+
+_whole_on_a_stage.defvjp(lambda a: (_whole(a), None), _exchanged)
+
+
 def gathered(kernel, how: How, q_BLHK, k_BMGK, v_BMGK, q_rows: Rows, k_rows: Rows, *more):
   """What `kernel` makes of all keys, those of a device's queries."""
-  whole = lambda a: jax.lax.all_gather(a, AXIS, axis=1, tiled=True)
-  k_BMGK, v_BMGK, k_rows = jax.tree.map(whole, (k_BMGK, v_BMGK, k_rows))
+  k_BMGK, v_BMGK = map(_whole_on_a_stage if layout.stages() > 1 else _whole, (k_BMGK, v_BMGK))
+  k_rows = jax.tree.map(_whole, k_rows)
   return kernel(dataclasses.replace(how, in_order=False), q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows, *more)
 
 

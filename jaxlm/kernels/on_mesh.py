@@ -29,7 +29,7 @@ def attend(cfg: ModelConfig, how: How, q_BLHK, k_BMGK, v_BMGK, q_rows: Rows, k_r
   arrays, of_row = (q_BLHK, k_BMGK, v_BMGK, q_rows, k_rows), ()
   if S == 1:
     kernel = functools.partial(ATTENTION[name], how)
-  elif goes_round(cfg, name, how, L // S):
+  elif goes_round(cfg, name, how, L // S, bias_HLM):
     kernel = functools.partial(context.ring, 'splash' if name == 'splash' else 'dense', how)
   elif name == 'splash':
     heads = q_BLHK.shape[2] // layout.shards('H')
@@ -47,13 +47,14 @@ def attend(cfg: ModelConfig, how: How, q_BLHK, k_BMGK, v_BMGK, q_rows: Rows, k_r
   check = S == 1 and name != 'splash'
   if of_row:
     return _on_mesh(masked, layout.spec('BLHK'), *arrays, *splash.cut(of_row, context.AXIS), check=check)
-  return _on_mesh(masked, layout.spec('BLHK'), *arrays, bias_HLM, layout.spec('H'), check=check)
+  return _on_mesh(masked, layout.spec('BLHK'), *arrays, bias_HLM, layout.spec('HL'), check=check)
 
 
-def goes_round(cfg: ModelConfig, name: str, how: How, L: int) -> bool:
-  """Whether a layer's keys go round mesh.context: they can under a causal mask, and splash knows no other mask by halves."""
+def goes_round(cfg: ModelConfig, name: str, how: How, L: int, bias_HLM=None) -> bool:
+  """Whether a layer's keys go round mesh.context: they can under a causal mask and with no bias of relative positions, which each
+  device has for all keys; and splash knows no other mask by halves."""
   able = how.where == 'global' and (L // 2) % splash.LANES == 0 if name == 'splash' else True
-  return cfg.context == 'ring' and how.causal and able
+  return cfg.context == 'ring' and how.causal and bias_HLM is None and able
 
 
 FASTEST = {'cpu': 'blocked', 'tpu': 'splash', 'gpu': 'cudnn'}  # on each platform, where it can

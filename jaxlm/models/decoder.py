@@ -2,7 +2,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from jaxlm import layout
 from jaxlm.kernels import context, on_mesh
@@ -32,7 +31,7 @@ def forward(cfg: ModelConfig, params: dict, batch: dict, training: Training | No
 def through(cfg: ModelConfig, around: dict, x_BLD, positions_BL, segments_BL, dropout_key=None, memory=None):
   """(x_BLD after all layers and the last norm, reports). memory: see stack.run; (memory_BMD, its segments_BM)."""
   rows = Rows(segments_BL, positions_BL)
-  places_L = jnp.arange(x_BLD.shape[1])
+  places_L = context.places(x_BLD.shape[1], layout.shards('L'))
   bias_HLM = relative.bias(cfg, around['relative'], places_L, places_L) if cfg.position == 'relative' else None
 
   def attend(rows, where, q_BLHK, k_BMGK, v_BMGK):

@@ -26,9 +26,9 @@ def bucket(cfg: RelativeConfig, ahead, causal: bool):
 
 
 def bias(cfg: ModelConfig, table_PH, i_L, j_M):
-  """float32 [H, L, M] for queries at places i_L and keys at places j_M of a row: distances in a document are those in its
-  row, however it is packed."""
+  """float32 [H, L, M] for queries at places i_L and keys at places j_M of a row, cut over mesh.tensor and mesh.context: distances in a
+  document are those in its row, however it is packed."""
   bucket_LM = bucket(cfg.relative, j_M[None] - i_L[:, None], cfg.kind != 'encoder')
   table_PH = jax.sharding.reshard(table_PH, layout.spec('PH'))
-  bias_LMH = table_PH.at[bucket_LM].get(out_sharding=jax.P(None, None, *layout.spec('H')))
+  bias_LMH = table_PH.at[bucket_LM].get(out_sharding=jax.P(*layout.spec('L'), None, *layout.spec('H')))
   return jnp.moveaxis(bias_LMH, -1, 0)

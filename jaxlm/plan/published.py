@@ -90,7 +90,7 @@ def as_job(row: Row) -> Job:
   pod = dataclasses.replace(pod, chip=dataclasses.replace(pod.chip, **row.chip))
   changes = {'loss.chunks': 8, **row.changes}
   changes.setdefault('mesh.fsdp', pod.devices)
-  config = configs.load(f'configs/{row.config}', [(key, str(value)) for key, value in changes.items()])
+  config = configs.load(f'{configs.shipped() / row.config}', [(key, str(value)) for key, value in changes.items()])
   sizes = {f.name: getattr(config.mesh, f.name) for f in dataclasses.fields(MeshConfig)}
   return job(config, sizes, pod)
 
