@@ -1,4 +1,4 @@
-# make quickstart | test | parity | bench | smollm2 | minilm | ladder | translate | classify | pods | planner | scaling | recommend |
+# make quickstart | test | parity | bench | smollm2 | minilm | ladder | translate | classify | pods | pods-beside-maxtext | planner | scaling | recommend |
 # axes | launch-check | slurm | faults. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods planner scaling recommend axes launch-check slurm faults clean
+.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods pods-beside-maxtext planner scaling recommend axes launch-check slurm faults clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -76,10 +76,29 @@ $(VENV)/installed-pods: $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[pods]'
 	touch $@
 
-# Writes docs/pods.md: steps compiled for pods that are not here; and has every test of the compilers.
-pods: $(VENV)/installed-pods
+# A Python that takes the newest JAX (3.12 or newer), whose compilers may refuse what an older JAX's take; in an environment of its own.
+NEWEST ?= python3.12
+$(VENV)/newest/installed-pods: pyproject.toml constraints.txt
+	$(NEWEST) -m venv $(VENV)/newest
+	$(VENV)/newest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,pods]'
+	touch $@
+
+# Writes docs/gate.md, what compiles for which chip, by two versions of JAX, and docs/pods.md, steps compiled for pods that are not here;
+# and has every test of the compilers.
+pods: $(VENV)/installed-pods $(VENV)/newest/installed-pods
 	JAXLM_PODS=1 $(BIN)/python -m pytest tests/test_pods.py
-	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/pods.py
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/gate.py
+	JAX_PLATFORMS=cpu $(VENV)/newest/bin/python benchmarks/gate.py
+	JAX_PLATFORMS=cpu $(VENV)/newest/bin/python benchmarks/pods.py
+
+$(VENV)/maxtext/installed:
+	$(NEWEST) -m venv $(VENV)/maxtext
+	$(VENV)/maxtext/bin/python -m pip install --quiet --disable-pip-version-check 'maxtext[tpu]==0.2.5'
+	touch $@
+
+# Writes docs/beside_maxtext.md: the same recipes compiled by jaxlm and by MaxText.
+pods-beside-maxtext: $(VENV)/newest/installed-pods $(VENV)/maxtext/installed
+	JAX_PLATFORMS=cpu $(VENV)/newest/bin/python benchmarks/beside_maxtext.py --maxtext=$(abspath $(VENV))/maxtext/bin/python
 
 # Writes docs/planner.md: the planner beside what others measured.
 planner: $(VENV)/installed-test

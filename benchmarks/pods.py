@@ -29,8 +29,10 @@ RUNS = {  # name: config, topology, slices, what differs
     '8B, v5e:16x16': ('llama3.py:8b', 'v5e:16x16', 1, {**PIECES, 'batch': 256, 'mesh.fsdp': 32, 'mesh.data': 8}),
     '8B, v5e:16x16, int8 projections': ('llama3.py:8b', 'v5e:16x16', 1, {
         **PIECES, 'batch': 256, 'mesh.fsdp': 32, 'mesh.data': 8, 'model.matmul': 'int8'}),
-    '70B, v5p:16x16x16': ('llama3.py:70b', 'v5p:16x16x16', 1, {
+    '70B, v5p:16x16x16, full remat': ('llama3.py:70b', 'v5p:16x16x16', 1, {
         **PIECES, 'batch': 1024, 'mesh.data': 16, 'mesh.fsdp': 64, 'mesh.tensor': 4}),
+    '70B, v5p:16x16x16, minimal remat': ('llama3.py:70b', 'v5p:16x16x16', 1, {
+        **PIECES, 'batch': 1024, 'mesh.data': 16, 'mesh.fsdp': 64, 'mesh.tensor': 4, 'model.remat': 'minimal'}),
     '405B, 2 × v6e:16x16, layer inputs offloaded': ('llama3.py:405b', 'v6e:16x16', 2, {
         **PIECES, 'batch': 64, 'mesh.data': 2, 'mesh.fsdp': 32, 'mesh.tensor': 8, 'model.offload': 'block_in'}),
     'Mixtral-8x7B, v5p:4x4x8, minimal remat, data 4 × fsdp 32': ('mixtral.py:8x7b', 'v5p:4x4x8', 1, {

@@ -54,7 +54,8 @@ def shards(letter: str, kind: str = 'act', sizes=None) -> int:
 
 def stages() -> int:
   """Of the pipeline that the current mesh has; 1 is none."""
-  return jax.sharding.get_abstract_mesh().shape['stage']
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape['stage']
 
 
 def deal(count: int, tree):

@@ -113,7 +113,7 @@ def test_a_topology_that_does_not_exist_is_refused():
     compiling.step(configs.from_flat(SMALL), 'v5e:3x999')
 
 
-def test_plans_are_verified_by_the_compiler(tmp_path):
+def test_plans_are_verified_by_the_compiler(tmp_path, capsys):
   """jaxlm plan --verify: compiled beside predicted, and the program is kept. D of a device is a whole row of lanes, so that arrays
   are not padded."""
   file, out, program = tmp_path / 'small.py', tmp_path / 'plan.json', tmp_path / 'step.hlo'
@@ -128,5 +128,8 @@ def test_plans_are_verified_by_the_compiler(tmp_path):
   assert result['hbm_gib']['arguments'] == pytest.approx(result['predicted_hbm_gib']['arguments'], rel=0.03)
   assert result['hbm_gib']['peak'] > result['hbm_gib']['arguments'] and result['fits']
   assert 0 < result['compiled']['mfu'] < 1
+  sent = {s['kind']: s['bytes'] for s in result['compiled']['collectives']}
   kept = hlo.read(program.read_text())
+  assert sent and sum(sent.values()) == sum(op.times * op.bytes for op in hlo.collectives(kept))
+  assert 'hidden behind other work' in capsys.readouterr().out
   assert hlo.seconds(kept, 1.5e9) == pytest.approx(result['compiled']['seconds']['fusions'])

@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxlm import layout
 from jaxlm.kernels.patterns import How, allowed
 
 
@@ -20,6 +21,8 @@ def refusal(how: How, q_BLHK, k_BMGK, v_BMGK, bias_HLM=None) -> str:
     return f'wants one head dim of up to 128, a multiple of 8, not {K} and {v_BMGK.shape[-1]}'
   if q_BLHK.dtype not in (jnp.bfloat16, jnp.float16):
     return f'wants bfloat16, not {q_BLHK.dtype}'
+  if layout.stages() > 1:
+    return 'cannot be mapped over the stages of mesh.stage by JAX, whose rule takes its bias for one of all heads'
   if q_BLHK.shape[1] % 2 or k_BMGK.shape[1] % 2:
     return f'wants even lengths, not {q_BLHK.shape[1]} and {k_BMGK.shape[1]}'
   return ''

@@ -69,6 +69,11 @@ def candidates(found: list[Plan], entries: list[dict]) -> None:
     times = (f'{costed:.3f}', f'{compiled["error_of_step"]:+.0%}', f'{compiled["mfu"]:.1%}') if costed else ('–', '–', '–')
     table.add_row(str(n), f'{e["hbm_gib"]["peak"]:.2f}', f'{compiled["error_of_peak"]:+.0%}', *times, f'{e["compile_seconds"]:.0f} s')
   console.print(table)
+  table = _table('collectives of the first, GiB of a device', 'sent', 'hidden behind other work', 'waited for')
+  for s in entries[0]['compiled']['collectives']:
+    size = s['bytes'] / 2 ** 30
+    table.add_row(s['kind'], f'{size:.2f}', f'{size * s["hidden"]:.2f}', f'{size * (1 - s["hidden"]):.2f}')
+  console.print(table)
 
 
 def _quoted(value) -> str:
