@@ -135,7 +135,7 @@ def test_cudnn_is_chosen_on_gpu_where_it_can_and_refused_by_name_where_not():
       on_mesh.chosen('cudnn', 'gpu', {'cudnn': cudnn.refusal(how, q, k, v)})
     assert on_mesh.chosen('auto', 'gpu', {'cudnn': cudnn.refusal(how, q, k, v)}) == 'dot_product'
   with jax.set_mesh(common.mesh_of(1, 1, 1, 1, 1, 2)):  # JAX's rule to map it fails
-    assert 'mesh.stage' in cudnn.refusal(How(1.), q, k, k)
+    assert 'mesh.stage' in cudnn.refusal(How(1.), k, k, k)
 
 
 @pytest.mark.parametrize('dtype, T, D, F, sizes', [
