@@ -18,6 +18,7 @@ import typing
 from ml_collections import ConfigDict
 
 from jaxlm.errors import UsageError
+from jaxlm.plan import cloud
 from jaxlm.schema import FREE, RUN_DATA, TRAINING, Config, TaskConfig, flatten, means, task_keys
 from jaxlm.validate import validate
 
@@ -127,7 +128,7 @@ def shipped() -> pathlib.Path:
 
 def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
   """The Config of `path` ('configs/x.py', 'configs/x.py:argument', or a run's config.json), with overrides. 'configs/x.py@TOPOLOGY' is
-  as configs/pods.json recommends for that pod.
+  as configs/pods.json recommends for that pod, by our name or a cloud's (v5p:4x4x8 or v5p-256).
 
   A config file is Python code and runs as such: treat it as you treat a script.
   """
@@ -191,7 +192,8 @@ def _recommended(path: str, topology: str) -> dict:
   beside = pathlib.Path(file).parent / 'pods.json'
   known = json.loads(beside.read_text(encoding='utf-8')) if beside.is_file() else {}
   pods = known.get(pathlib.Path(file).name + (f':{argument}' if argument else ''), {})
-  found = pods.get(topology, f'nothing is recommended for it; there is {", ".join(pods) or "nothing for this config"}; see jaxlm plan')
+  pod = cloud.ours(topology, f'--config={path}@{topology}')
+  found = pods.get(pod, f'nothing is recommended for it; there is {", ".join(pods) or "nothing for this config"}; see jaxlm plan')
   if isinstance(found, str):
     raise UsageError(f'--config={path}@{topology}: {found}')
   return found

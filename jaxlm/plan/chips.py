@@ -35,6 +35,8 @@ CHIPS = {
                   'nothing of int8: taken as bf16; link: as v5p, of the same nominal rate; PCIe: as v6e', devices=2, unit=256),
     'a100': Chip(312e12, 624e12, 312e12, 79.25, 2.039e12, 300e9, 0, 25e9, 32e9, f'glennklockwood.com/garden/processors/A100; {_SXM}; out: an '
                  'adapter a GPU, of 200 Gb/s (DGX A100)'),
+    'a100-40gb': Chip(312e12, 624e12, 312e12, 39.42, 1.555e12, 300e9, 0, 25e9, 32e9, 'as a100, but for 40 GB at 1,555 GB/s: NVIDIA A100 '
+                      'data sheet; XLA\'s a100_sxm_40.txtpb'),
     'h100': Chip(989e12, 1979e12, 1979e12, 79.1, 3.35e12, 450e9, 0, 50e9, 64e9, f'{_SXM}; {_DGX}'),
     'h200': Chip(989e12, 1979e12, 1979e12, 140.4, 4.8e12, 450e9, 0, 50e9, 64e9, f'as h100, but for 141 GB at 4.8 TB/s; {_SXM}; {_DGX}'),
     'b200': Chip(2250e12, 4500e12, 4500e12, 178, 8e12, 900e9, 0, 50e9, 64e9, f'glennklockwood.com/garden/processors/B200; {_SXM}; {_DGX}'),
