@@ -6,7 +6,8 @@ BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods planner scaling recommend axes launch-check slurm faults gpu-wheels clean
+.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods planner scaling recommend axes launch-check slurm \
+  faults gpu-wheels clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +34,7 @@ parity: $(VENV)/installed-test
 	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py tests/test_classics.py tests/test_meshes.py \
 	  tests/test_quantised.py -k 'not table'
 
-# A step of GPT-2 beside transformers in torch. Every script of benchmarks/ has a short mode too, which the tests run (benchmarks/running.py).
+# A step of GPT-2 beside transformers in torch. Scripts of benchmarks/ have a short mode that the tests run (benchmarks/running.py).
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/gpt2_step.py
 
@@ -117,8 +118,8 @@ slurm: $(VENV)/installed-test
 	command -v slurmctld || { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge; }
 	JAXLM_SLURM=1 $(BIN)/python -m pytest -s tests/test_slurm.py
 
-# What jaxlm imports and a GPU machine with jax, flax, optax, orbax-checkpoint, torch and transformers lacks, as wheels: benchmarks/gpu.sh
-# installs them there without a network.
+# What jaxlm imports and a machine with jax, flax, optax, orbax-checkpoint, torch and transformers lacks, as wheels: benchmarks/gpu.sh
+# installs them where there is no network.
 gpu-wheels: $(INSTALLED)
 	rm -rf build/gpu_wheels
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --constraint constraints.txt \

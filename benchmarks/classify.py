@@ -32,7 +32,8 @@ def main() -> None:
   flags = parse(p, steps=2)
   workdir = flags.workdir
   jaxlm(flags, 'train', '--config=configs/finetune/classification.py', f'--workdir={workdir / "encoder"}',
-        f'--config.data.source={fetched(flags, "spam", workdir)}', f'--config.steps={flags.steps}', *(SHORT if flags.short else ()))
+        f'--config.data.source={fetched(flags, "spam", workdir)}', f'--config.steps={flags.steps}',
+        *(SHORT if flags.short else ()))
   jaxlm(flags, 'eval', f'--workdir={workdir / "encoder"}', '--metrics=exact,f1', f'--json={workdir / "eval.json"}',
         f'--answers={workdir / "answers.jsonl"}')
   answers = (workdir / 'answers.jsonl').read_text(encoding='utf-8').splitlines()

@@ -1,12 +1,12 @@
-"""jaxlm on one GPU, in one command that wants no network and less than 8 minutes. benchmarks/gpu.sh starts it; docs/gpu.md says more.
+"""jaxlm on one GPU, in one command that wants no network and takes less than 8 minutes. docs/gpu.md says how to run it.
 
-    benchmarks/gpu.sh [--dry-run] [--parts=attention,train,torch,plan,checkpoint]
+    benchmarks/gpu.sh [--dry-run] [--parts=attention,train,torch,plan,checkpoint] [--out=FOLDER]
 
-Each part is a process of its own, so that it has all of the GPU's memory and takes no other part with it when it dies. What it finds is
-printed, and written to gpu.json and gpu.md in --out, as soon as it is there:
+Each part (gpu_parts.py) is a process of its own, so that it has all of the GPU's memory and takes no other part with it when it dies.
+What it finds is printed, and written to gpu.json and gpu.md in --out, as soon as it is there:
 
     attention   cuDNN's attention (jaxlm/kernels/cudnn.py), forward and backward, against `plain` in float32 on the same arrays
-    train       STEPS steps of configs/llama_1b.py on made-up tokens, with the remat that the planner takes; then its checkpoint
+    train       30 steps of configs/llama_1b.py on made-up tokens, with the remat that the planner takes; then its checkpoint
     torch       the same model and batch: transformers' LlamaForCausalLM, torch.compile, flash attention, fused AdamW
     plan        what `jaxlm plan` says of that step, with nothing compiled
     checkpoint  what was saved, restored and compared bit for bit; 32 tokens generated from it
@@ -27,38 +27,43 @@ from absl import logging
 
 import running
 from gpu_parts import PARTS, WARMUP, config_of, note, shown
+from jaxlm.errors import UsageError
 from jaxlm.plan.chips import CHIPS
 
 LIMIT = 465  # seconds, of all parts together; and of each:
-LIMITS = {'attention': 100, 'train': 200, 'torch': 200, 'plan': 60, 'checkpoint': 150}
+LIMITS = {'attention': 100, 'train': 220, 'torch': 200, 'plan': 60, 'checkpoint': 150}
 TABLE = ['| a training step | step, s | tokens/s | MFU | peak, GiB | compiled in, s |', '|---|---|---|---|---|---|']
 ERRORS = ['| attention | kernel | output | gradient of q | of k | of v | |', '|---|---|---|---|---|---|---|']
 
 
 def report(r: dict) -> str:
-  """gpu.md, of what is there so far."""
-  lines = [f'# jaxlm on one {r["device"]}', '', f'Made by `benchmarks/gpu.sh` (benchmarks/gpu.py) with {r["versions"]}: configs/llama_1b.py, {r["work"]}, '
-           f'median of the steps after the first {WARMUP}. MFU is of {CHIPS[r["chip"]].bf16 / 1e12:.0f} TFLOP/s.', '']
+  """gpu.md, of what gpu.json has so far."""
+  lines = [f'# jaxlm on one {r["device"]}', '',
+           f'Made by `benchmarks/gpu.sh` (benchmarks/gpu.py) with {r["versions"]}: configs/llama_1b.py, {r["work"]}; the median of those',
+           f'after the first {WARMUP}. MFU is of {CHIPS[r["chip"]].bf16 / 1e12:.0f} TFLOP/s.', '']
   if r['dry_run']:
     lines += ['**A dry run on a CPU, of a tiny model: the figures mean nothing.**', '']
-  names = {'train': f'jaxlm, remat={r.get("train", {}).get("remat")}', 'torch': 'transformers in torch', 'plan': 'as `jaxlm plan` predicts it'}
-  row = lambda name, f: (f'| {name} | {f["step_seconds"]:.4f} | {f["tokens_per_second"]:,.0f} | {f["mfu"]:.1%} | {shown(f["peak_gib"])} | '
-                         f'{shown(f.get("compile_seconds"))} |')
-  lines += [*TABLE, *(row(name, r[part]) for part, name in names.items() if part in r), '']
+  lines += TABLE
+  for part, name in (('train', 'jaxlm, remat={remat}'), ('torch', 'transformers in torch'), ('plan', 'as `jaxlm plan` predicts it')):
+    if f := r.get(part):
+      lines.append(f'| {name.format(**f)} | {f["step_seconds"]:.4f} | {f["tokens_per_second"]:,.0f} | {f["mfu"]:.1%} | '
+                   f'{shown(f["peak_gib"])} | {shown(f.get("compile_seconds"))} |')
   if 'attention' in r:
-    lines += ['Differences from `plain` in float32, as shares of the largest value:', '', *ERRORS]
-    lines += [f'| {a["case"]} | {a["kernel"]} | {" | ".join(f"{error:.4f}" for error in a["errors"].values())} | {"good" if a["good"] else "BAD"} |'
-              for a in r['attention']] + ['']
-  if 'saved' in r:
-    lines.append(f'- Checkpoint: {r["saved"]["gib"]:.2f} GiB; training waits {r["saved"]["stall_seconds"]:.1f} s for it, sealed and visible after '
-                 f'{r["saved"]["save_seconds"]:.1f} s.')
-  if 'restored' in r:
-    lines.append(f'- Restored in {r["restored"]["restore_seconds"]:.1f} s by another process; {r["restored"]["arrays"] - len(r["restored"]["wrong"])} of '
-                 f'{r["restored"]["arrays"]} arrays are bit for bit those that were trained.')
-  if 'generated' in r:
-    lines.append(f'- Generation, greedy: {r["generated"]["tokens"]} tokens in {r["generated"]["seconds"]:.2f} s; {r["generated"]["as_forward"]} of them are '
-                 'what one forward pass over all of the text says too.')
-  lines += [f'- {part} failed: {why}' for part, why in r.get('failed', {}).items()]
+    lines += ['', 'Differences from `plain` in float32, as shares of the largest value:', '', *ERRORS]
+  for a in r.get('attention', []):
+    errors = ' | '.join(f'{error:.4f}' for error in a['errors'].values())
+    lines.append(f'| {a["case"]} | {a["kernel"]} | {errors} | {"good" if a["good"] else "BAD"} |')
+  lines.append('')
+  if f := r.get('saved'):
+    lines.append(f'- Checkpoint: {f["gib"]:.2f} GiB; training waits {f["stall_seconds"]:.1f} s for it; it is sealed and visible after '
+                 f'{f["save_seconds"]:.1f} s.')
+  if f := r.get('restored'):
+    lines.append(f'- Restored in {f["restore_seconds"]:.1f} s by another process: {f["arrays"] - len(f["wrong"])} of {f["arrays"]} '
+                 'arrays are bit for bit those that were trained.')
+  if f := r.get('generated'):
+    lines.append(f'- Generated, greedy: {f["tokens"]} tokens in {f["seconds"]:.2f} s; {f["as_forward"]} of them are what one forward pass '
+                 'over all of the text says too.')
+  lines += [f'- {part} failed: {why}.' for part, why in r.get('failed', {}).items()]
   return '\n'.join(lines) + '\n'
 
 
@@ -71,15 +76,16 @@ def record(flags: argparse.Namespace, **found) -> None:
 
 
 def device_of(flags: argparse.Namespace) -> tuple[str, str]:
-  """(its name, its kind in plan/chips.py) of this machine's GPU. SystemExit if there is none that is known."""
+  """(its name, its kind in plan/chips.py) of this machine's GPU. UsageError if there is none that is known."""
   if flags.dry_run:
     return 'CPU', 'h100'
   if not shutil.which('nvidia-smi'):
-    raise SystemExit('gpu: no nvidia-smi, so no GPU here; --dry-run does all of it on the CPU')
-  name = subprocess.run(['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'], check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    raise UsageError('no nvidia-smi, so no GPU here; --dry-run does all of it on the CPU')
+  said = subprocess.run(['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'], check=True, capture_output=True, text=True).stdout
+  name = said.splitlines()[0]
   kind = next((kind for kind in CHIPS if kind.upper() in name), None)
   if not kind:
-    raise SystemExit(f'gpu: {name} is no chip that jaxlm/plan/chips.py knows')
+    raise UsageError(f'{name} is no chip that jaxlm/plan/chips.py knows')
   return name, kind
 
 
@@ -89,14 +95,14 @@ def run(flags: argparse.Namespace, part: str, seconds: float | None) -> str:
   if flags.short:
     print(running.again(flags, __file__, *words), end='')
     return ''
-  env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [str(running.ROOT), os.environ.get('PYTHONPATH')])),
-         'XLA_PYTHON_CLIENT_MEM_FRACTION': '.92'}
+  path = os.pathsep.join(filter(None, [str(running.ROOT), os.environ.get('PYTHONPATH')]))
+  env = {**os.environ, 'PYTHONPATH': path, 'XLA_PYTHON_CLIENT_MEM_FRACTION': '.92'}
   if flags.dry_run or part == 'plan':
     env['JAX_PLATFORMS'] = 'cpu'
   try:
     code = subprocess.run([sys.executable, __file__, *words], env=env, timeout=seconds, check=False).returncode
   except subprocess.TimeoutExpired:
-    return f'not done after {seconds:.0f} s'
+    return f'not done after {seconds:g} s'
   return f'exit code {code}' if code else ''
 
 
@@ -114,8 +120,11 @@ def main() -> None:
     return
   parts = flags.parts.split(',')
   if unknown := set(parts) - set(PARTS):
-    raise SystemExit(f'--parts={flags.parts}: {min(unknown)!r} is none of {", ".join(PARTS)}')
-  name, flags.chip = device_of(flags)
+    p.error(f'--parts={flags.parts}: {min(unknown)!r} is none of {", ".join(PARTS)}')
+  try:
+    name, flags.chip = device_of(flags)
+  except UsageError as e:
+    p.error(str(e))
   shutil.rmtree(flags.workdir, ignore_errors=True)
   flags.out.mkdir(parents=True, exist_ok=True)
   (flags.out / 'gpu.json').unlink(missing_ok=True)

@@ -1,5 +1,6 @@
-"""The parts of benchmarks/gpu.py: each prints what it finds, and yields it as what goes into gpu.json. SystemExit if it is not good."""
+"""The parts of benchmarks/gpu.py. Each prints what it finds, and yields it for gpu.json; SystemExit, in the end, if it is not good."""
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -14,13 +15,13 @@ from jaxlm.schema import Config
 
 STEPS, WARMUP, NEW = 30, 5, 32
 MODEL = {'batch': 4, 'steps': STEPS, 'optimizer.warmup': 10}
-TINY = {**MODEL, 'batch': 2, 'length': 32, 'steps': 8, 'optimizer.lr': 1e-2, 'optimizer.warmup': 2, 'model.D': 64, 'model.H': 4, 'model.G': 2,
-        'model.K': 16, 'model.F': 128, 'model.N': 2, 'model.V': 512}
-TOLERANCE = .02  # of the largest value: bfloat16 resolves .004 of a value, and attention rounds its weights and its result to that
+TINY = {**MODEL, 'batch': 2, 'length': 32, 'steps': 8, 'optimizer.lr': 1e-2, 'optimizer.warmup': 2,
+        'model.D': 64, 'model.H': 4, 'model.G': 2, 'model.K': 16, 'model.F': 128, 'model.N': 2, 'model.V': 512}
+TOLERANCE = .02  # of the largest value: bfloat16 resolves .004 of a value, and attention rounds its weights and results to it
 
 
 def check_backend(flags: argparse.Namespace) -> None:
-  """SystemExit if jax does not run where the figures are to be from: without its CUDA plugin it takes the CPU, and says little."""
+  """SystemExit if jax does not run where it should: without its CUDA plugin it takes the CPU, and hardly says so."""
   import jax  # pylint: disable=g-import-not-at-top
   if jax.default_backend() != ('cpu' if flags.dry_run else 'gpu'):
     raise SystemExit(f'jax runs on {jax.default_backend()}: is its CUDA plugin installed, and does it fit the driver?')
@@ -105,12 +106,13 @@ def attention(flags: argparse.Namespace) -> Iterator[dict]:
       return [np.asarray(a, np.float32) for a in jax.jit(run)(*(a.astype(dtype) for a in arrays))]
     with jax.default_matmul_precision('highest'):
       expected = both('plain', jnp.float32)
-    errors = {of: float(np.abs(a - b).max() / np.abs(b).max()) for of, a, b in zip(('o', 'dq', 'dk', 'dv'), both(kernel, jnp.bfloat16), expected)}
+    errors = {name: float(np.abs(a - b).max() / np.abs(b).max())
+              for name, a, b in zip(('o', 'dq', 'dk', 'dv'), both(kernel, jnp.bfloat16), expected)}
     good = all(error <= TOLERANCE for error in errors.values())
     found.append({'case': name, 'kernel': kernel, 'errors': errors, 'good': good})
     bad += [] if good else [name]
-    note(f'attention, {name}: {kernel} is off by at most ' + ', '.join(f'{of} {error:.4f}' for of, error in errors.items()) +
-         f' of the largest value; allowed {TOLERANCE}: {"good" if good else "BAD"}')
+    shares = ', '.join(f'{name} {error:.4f}' for name, error in errors.items())
+    note(f'attention, {name}: {kernel} is off by {shares} of the largest value; allowed {TOLERANCE}: {"good" if good else "BAD"}')
     yield {'attention': found}
   if bad:
     raise SystemExit(f'attention by {kernel} is not that of plain: {"; ".join(bad)}')
@@ -123,9 +125,10 @@ def tokens_of(config: Config, step: int) -> np.ndarray:
   return np.random.default_rng(step).choice(config.model.V, (config.batch, config.length + 1), p=odds_V).astype(np.int32)
 
 
-def rows_of(config: Config, step: int) -> dict[str, np.ndarray]:
-  tokens_BM = tokens_of(config, step)
-  ones_BL = np.ones((config.batch, config.length), np.int32)
+def rows_of(config: Config, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+  """Rows [start, stop) of the batch of a step, as jaxlm/data/pipeline.py has them."""
+  tokens_BM = tokens_of(config, step)[start:stop]
+  ones_BL = np.ones_like(tokens_BM[:, :-1])
   return {'tokens': tokens_BM[:, :-1], 'targets': tokens_BM[:, 1:], 'segments': ones_BL, 'weights': ones_BL.astype(np.float32),
           'positions': np.broadcast_to(np.arange(config.length, dtype=np.int32), ones_BL.shape)}
 
@@ -166,7 +169,7 @@ def train(flags: argparse.Namespace) -> Iterator[dict]:
     state = jax.jit(lambda key: init_state(config, tx, key))(jax.random.key(config.seed))
     seconds, losses = [], []
     for n in range(config.steps):
-      batch = pipeline.place(lambda start, stop, n=n: {k: a[start:stop] for k, a in rows_of(config, n).items()}, config.batch, mesh)
+      batch = pipeline.place(functools.partial(rows_of, config, n), config.batch, mesh)
       jax.block_until_ready((state, batch))
       began = time.perf_counter()
       state, sums = step_fn(state, batch)
@@ -185,9 +188,10 @@ def train(flags: argparse.Namespace) -> Iterator[dict]:
     stall = time.perf_counter() - began
     checkpoints.finish()
     checkpoints.close()
-    saved = {'gib': gib(sum(a.nbytes for a in jax.tree.leaves(state))), 'stall_seconds': stall, 'save_seconds': time.perf_counter() - began}
+    saved = {'gib': gib(sum(a.nbytes for a in jax.tree.leaves(state))), 'stall_seconds': stall,
+             'save_seconds': time.perf_counter() - began}
     (flags.workdir / 'hashes.json').write_text(json.dumps(hashes(state)), encoding='utf-8')
-  note(f'checkpoint: {saved["gib"]:.2f} GiB saved; training waits {stall:.1f} s, it is sealed and visible after {saved["save_seconds"]:.1f} s')
+  note(f'checkpoint: {saved["gib"]:.2f} GiB; training waits {stall:.1f} s; sealed and visible after {saved["save_seconds"]:.1f} s')
   yield {'saved': saved}
   if not np.isfinite(losses).all() or losses[-1] >= losses[0]:
     raise SystemExit(f'training did not lower the loss: {losses[0]:.4f}, {losses[-1]:.4f} after {config.steps} steps')
@@ -200,8 +204,8 @@ def torch(flags: argparse.Namespace) -> Iterator[dict]:
   from transformers.integrations.sdpa_attention import sdpa_attention_forward
   config, device = config_of(flags), 'cpu' if flags.dry_run else 'cuda'
   m, o = config.model, config.optimizer
-  # Under torch.compile, `sdpa` is given its causal mask as an array, and flash attention takes none. Under a name of which transformers
-  # knows no mask, the same function is given none, and says is_causal.
+  # Under torch.compile (torch < 2.14), transformers gives `sdpa` its causal mask as an array, and flash attention takes none. For a kind
+  # of attention of which it knows no mask it makes none; the same function then says is_causal.
   transformers.AttentionInterface.register('sdpa_without_mask', sdpa_attention_forward)
   th.manual_seed(0)
   model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -227,7 +231,7 @@ def torch(flags: argparse.Namespace) -> Iterator[dict]:
     seconds.append(time.perf_counter() - began)
   found = {**rate(flags, config, seconds), 'peak_gib': None if flags.dry_run else gib(th.cuda.max_memory_allocated()),
            'compiled': not flags.dry_run, 'compile_seconds': seconds[0], 'first_loss': losses[0], 'last_loss': losses[-1]}
-  note(f'torch: {of(found)}; torch.compile {"off, as in every dry run" if flags.dry_run else "on"}, first step {seconds[0]:.0f} s; '
+  note(f'torch: {of(found)}; torch.compile is {"off in a dry run" if flags.dry_run else "on"}, the first step took {seconds[0]:.0f} s; '
        f'loss {losses[0]:.3f} → {losses[-1]:.3f}')
   yield {'torch': found}
 
@@ -235,8 +239,8 @@ def torch(flags: argparse.Namespace) -> Iterator[dict]:
 def plan(flags: argparse.Namespace) -> Iterator[dict]:
   p = planned(flags)
   c = p.config
-  found = {'step_seconds': p.step.seconds, 'tokens_per_second': c.batch * c.length / p.step.seconds, 'mfu': p.mfu, 'peak_gib': p.hbm.peak,
-           'topology': p.job.pod.name, 'remat': c.model.remat, 'bound_by': p.step.bound_by}
+  found = {'step_seconds': p.step.seconds, 'tokens_per_second': c.batch * c.length / p.step.seconds, 'mfu': p.mfu,
+           'peak_gib': p.hbm.peak, 'topology': p.job.pod.name, 'remat': c.model.remat, 'bound_by': p.step.bound_by}
   note(f'plan: {found["topology"]}: {of(found)}')
   yield {'plan': found}
 
@@ -262,8 +266,8 @@ def checkpoint(flags: argparse.Namespace) -> Iterator[dict]:
   expected = json.loads((flags.workdir / 'hashes.json').read_text(encoding='utf-8'))
   wrong = sorted(path for path in {*checked, *expected} if checked.get(path) != expected.get(path))
   found |= {'arrays': len(expected), 'wrong': wrong}
-  note(f'checkpoint: restored in {found["restore_seconds"]:.1f} s; of {len(expected)} arrays {len(expected) - len(wrong)} are bit for bit those '
-       f'that were trained{": wrong are " + ", ".join(wrong[:3]) if wrong else ""}')
+  note(f'checkpoint: restored in {found["restore_seconds"]:.1f} s; {len(expected) - len(wrong)} of {len(expected)} arrays are bit for bit '
+       f'those that were trained{"; wrong: " + ", ".join(wrong[:3]) if wrong else ""}')
   yield {'restored': found}
 
   lm = jaxlm.load(flags.workdir)
@@ -276,8 +280,8 @@ def checkpoint(flags: argparse.Namespace) -> Iterator[dict]:
   logits_LV = lm.logits([[*prompt, *said[:-1]]])[0, len(prompt) - 1:, :lm.tokenizer.vocab_size]
   same = int((logits_LV.argmax(-1) == said).sum())
   found = {'tokens': len(said), 'as_forward': same, 'first_seconds': seconds[0], 'seconds': seconds[1]}
-  note(f'generate: {len(said)} tokens in {seconds[1]:.2f} s ({seconds[0]:.1f} s with compiling); {same} of them are what one forward pass over '
-       f'all says too: {lm.tokenizer.decode(said)!r}')
+  note(f'generate: {len(said)} tokens in {seconds[1]:.2f} s ({seconds[0]:.1f} s with compiling); {same} of them are what one forward '
+       f'pass over all says too: {lm.tokenizer.decode(said)!r}')
   yield {'generated': found}
   if wrong or len(said) != NEW:
     raise SystemExit('what was restored is not what was trained' if wrong else f'{len(said)} tokens for {NEW}')

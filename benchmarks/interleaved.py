@@ -56,10 +56,10 @@ class Worker:
 
 def race(flags: argparse.Namespace, script: str, workers: dict[str, Callable], rounds: int, env: dict[str, dict] | None = None,
          **own) -> dict[str, list]:
-  """{name: flags → a step, a function} → {name: [(seconds, result) a round]}.
+  """{name: flags → its step, a function} → {name: [(seconds, result) a round]}.
 
-  script: where `serve` is given the step of the worker that --worker names. env: of the environment of a worker, by name. own: flags that
-  both have on top of those of this process. In short mode the steps are made and done in this process.
+  script: `SCRIPT --worker=NAME --KEY=VALUE …` serves the step of a worker, the keys and values being those of `own`. env: what each worker
+  has in its environment besides, by name. In short mode the steps are made and done in this process.
   """
   if flags.short:
     steps = {name: make(argparse.Namespace(**{**vars(flags), **own})) for name, make in workers.items()}

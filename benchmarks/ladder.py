@@ -30,8 +30,8 @@ def train(flags: argparse.Namespace, name: str, corpus: str, folder: pathlib.Pat
   source = corpus if corpus == 'stdlib' else fetched(flags, corpus, workdir / 'data')
   short = TINY_RUN if flags.short and not name.endswith('gram') else ()
   jaxlm(flags, 'train', f'--config=configs/{CONFIGS[name]}', f'--workdir={folder}', '--config.data.tokenizer=bpe:4096',
-        f'--config.data.source={source}', f'--config.data.cache={workdir / corpus / "tokens"}', f'--config.data.heldout={flags.heldout}',
-        *short, *stated)
+        f'--config.data.source={source}', f'--config.data.cache={workdir / corpus / "tokens"}',
+        f'--config.data.heldout={flags.heldout}', *short, *stated)
 
 
 def run(flags: argparse.Namespace, name: str, corpus: str) -> dict:

@@ -32,16 +32,17 @@ def made_up_folder(folder: pathlib.Path) -> str:
   """A tiny BERT of random weights that reads letters, as sentence-transformers writes an encoder of sentences."""
   import tokenizers  # pylint: disable=g-import-not-at-top
   import transformers
-  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', *string.ascii_lowercase, *(f'##{c}' for c in string.ascii_lowercase)]
+  letters = string.ascii_lowercase
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', *letters, *(f'##{c}' for c in letters)]
   made = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token='[UNK]'))
   made.normalizer, made.pre_tokenizer = tokenizers.normalizers.BertNormalizer(), tokenizers.pre_tokenizers.BertPreTokenizer()
   made.post_processor = tokenizers.processors.TemplateProcessing(
       single='[CLS] $A [SEP]', pair='[CLS] $A [SEP] $B:1 [SEP]:1', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
-  transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token='[PAD]', cls_token='[CLS]', sep_token='[SEP]', mask_token='[MASK]',
-                                       unk_token='[UNK]').save_pretrained(folder)
+  named = {f'{name}_token': f'[{name.upper()}]' for name in ('pad', 'unk', 'cls', 'sep', 'mask')}
+  transformers.PreTrainedTokenizerFast(tokenizer_object=made, **named).save_pretrained(folder)
   transformers.BertModel(transformers.BertConfig(
-      vocab_size=len(words), hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64, initializer_range=.2,
-      max_position_embeddings=LONGEST)).save_pretrained(folder)
+      vocab_size=len(words), hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64,
+      max_position_embeddings=LONGEST, initializer_range=.2)).save_pretrained(folder)
   parts = [('', 'Transformer'), ('1_Pooling', 'Pooling'), ('2_Normalize', 'Normalize')]
   (folder / '1_Pooling').mkdir()
   for name, content in {

@@ -2,9 +2,9 @@
 
     python benchmarks/NAME.py --short=FOLDER
 
-is the same script cut to tiny models, one or two rounds and made-up data. It checks that the script still runs and that its table comes
-out; the figures mean nothing. All that it reads and writes is in FOLDER, nothing in docs/, configs/ or runs/, and what is otherwise a
-process of its own runs in this one, which has imported jax already. tests/test_benchmarks.py does it for each script here.
+is the same script cut to tiny models, one or two rounds and made-up data. It shows that the script still runs and that its table comes
+out; the figures mean nothing. It writes to FOLDER, never to docs/, configs/ or runs/, and what is otherwise a process of its own runs in
+this one, which has imported jax already. tests/test_benchmarks.py does it for each script here.
 """
 import argparse
 import contextlib
@@ -22,16 +22,18 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What `jaxlm train` is told in short mode, of whatever model.
-TINY_RUN = ('--config.batch=4', '--config.length=32', '--config.loss.chunks=1', '--config.optimizer.name=adamw', '--config.model.D=32', '--config.model.N=1')
-# A decoder that the compiler of a pod of eight chips takes seconds for: the step that benchmarks/{pods,axes,scaling}.py compile in short mode.
-TINY_STEP = {'optimizer.lr': 3e-4, 'model.D': 128, 'model.H': 1, 'model.G': 1, 'model.K': 128, 'model.F': 128, 'model.N': 1, 'model.V': 256, 'model.remat': 'full',
-             'batch': 8, 'length': 128, 'loss.chunks': 1, 'loss.over': 'vocabulary', 'mesh.data': 2, 'mesh.fsdp': 4}
+TINY_RUN = ('--config.batch=4', '--config.length=32', '--config.loss.chunks=1', '--config.optimizer.name=adamw', '--config.model.D=32',
+            '--config.model.N=1')
+# The step that pods.py, axes.py and scaling.py compile in short mode: the compiler takes seconds for it.
+TINY_STEP = {
+    'model.D': 128, 'model.H': 1, 'model.G': 1, 'model.K': 128, 'model.F': 128, 'model.N': 1, 'model.V': 256, 'model.remat': 'full',
+    'batch': 8, 'length': 128, 'loss.chunks': 1, 'loss.over': 'vocabulary', 'optimizer.lr': 3e-4, 'mesh.data': 2, 'mesh.fsdp': 4}
 TINY_POD = 'v5e:2x4'
 
 
 def parser(doc: str, workdir: str = '', out: str = '') -> argparse.ArgumentParser:
-  """The flags that every benchmark has, to which it adds its own. workdir, out: the defaults of --workdir, for runs and for results that are
-  kept, and of --out, for its tables, from the root of the repository; without a default it has no such flag."""
+  """The flags that every benchmark has, to which it adds its own. workdir, out: defaults, from the root of the repository, of --workdir,
+  for runs and for results that are kept, and of --out, for its tables; without a default it has no such flag."""
   p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument('--short', type=pathlib.Path, metavar='FOLDER', help='tiny and quick, all of it in FOLDER: only to see that it runs')
   for name, default in (('workdir', workdir), ('out', out)):
@@ -71,13 +73,14 @@ class Measured(NamedTuple):
 
 
 def measured(flags: argparse.Namespace, *words: str) -> Measured:
-  """`jaxlm WORDS`, how long it took and how much memory. In short mode the memory is that of this process, whatever else it did."""
+  """`jaxlm WORDS`: how long it took, and how much memory; in short mode that of this process, whatever else it did."""
   began = time.time()
   if flags.short:
     with contextlib.redirect_stdout(io.StringIO()) as out:
       jaxlm(flags, *words)
     return Measured(time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, out.getvalue())
-  child = subprocess.Popen([sys.executable, '-m', 'jaxlm', *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)  # pylint: disable=consider-using-with
+  # pylint: disable-next=consider-using-with
+  child = subprocess.Popen([sys.executable, '-m', 'jaxlm', *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
   out = child.stdout.read()
   _, status, usage = os.wait4(child.pid, 0)
   child.returncode = os.waitstatus_to_exitcode(status)
@@ -126,8 +129,7 @@ def _here():
 
 
 def fetched(flags: argparse.Namespace, name: str, folder: pathlib.Path) -> str:
-  """The SOURCE of texts that come in a package, in FOLDER/NAME.jsonl, fetched if they are not there yet; in short mode, of as many
-  made-up ones as will do."""
+  """The SOURCE of texts that come in a package, in FOLDER/NAME.jsonl: fetched if they are not there yet; in short mode, made up."""
   file = folder / f'{name}.jsonl'
   if not file.exists() and flags.short:
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +140,8 @@ def fetched(flags: argparse.Namespace, name: str, folder: pathlib.Path) -> str:
 
 
 def _words(seed: int, count: int) -> str:
-  return ' '.join(random.Random(seed).choices('the of market cat river model letter house seven green walks runs light stone'.split(), k=count))
+  words = 'the of market cat river model letter house seven green walks runs light stone'.split()
+  return ' '.join(random.Random(seed).choices(words, k=count))
 
 
 # Records with the fields of those of data/packages.py, by number.

@@ -39,7 +39,8 @@ the TPU compiler from the compiled step (jaxlm/plan/costed.py), with the peak of
 def best(flags: argparse.Namespace, kind: str, topology: str, slices: int):
   pod = parse(topology, slices)
   stated = {'batch': BATCH[kind](pod.chips), **(TINY_STEP if flags.short else STATED)}
-  found, _ = search.search(configs.load('configs/llama3.py:70b', [(key, str(value)) for key, value in stated.items()]), pod, frozenset(stated))
+  config = configs.load('configs/llama3.py:70b', [(key, str(value)) for key, value in stated.items()])
+  found, _ = search.search(config, pod, frozenset(stated))
   return found[0] if found else None
 
 

@@ -79,7 +79,8 @@ def main() -> None:
   words = ['train', '--config=configs/quickstart.py', f'--workdir={run}', '--config.log_every=1', *(SHORT if flags.short else ())]
   for start, steps in enumerate((1,) if flags.short else (5, 6, 7, 8)):
     out = measured(flags, *words, f'--config.steps={steps}', '--config.optimizer.schedule=constant').out
-    print(next(line for line in out.splitlines() if line.startswith('first step after')), '(restart)' if start else '(cold)', flush=True)
+    first = next(line for line in out.splitlines() if line.startswith('first step after'))
+    print(first, '(restart)' if start else '(cold)', flush=True)
   print(json.dumps(m))
 
 

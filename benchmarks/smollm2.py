@@ -51,7 +51,8 @@ def made_up_gguf(file: pathlib.Path) -> str:
   w.add_bos_token_id(0)
   w.add_eos_token_id(0)
   D, F, kv = s['D'], s['F'], s['D'] // s['H'] * s['G']
-  layer = {'attn_q': (D, D), 'attn_k': (kv, D), 'attn_v': (kv, D), 'attn_output': (D, D), 'ffn_gate': (F, D), 'ffn_up': (F, D), 'ffn_down': (D, F)}
+  layer = {'attn_q': (D, D), 'attn_k': (kv, D), 'attn_v': (kv, D), 'attn_output': (D, D),
+           'ffn_gate': (F, D), 'ffn_up': (F, D), 'ffn_down': (D, F)}
   matrices = {'token_embd': (s['V'], D), **{f'blk.{n}.{name}': shape for n in range(s['N']) for name, shape in layer.items()}}
   norms = ['output_norm', *(f'blk.{n}.{name}' for n in range(s['N']) for name in ('attn_norm', 'ffn_norm'))]
   for name, shape in {**matrices, **{name: (D,) for name in norms}}.items():

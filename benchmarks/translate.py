@@ -39,7 +39,8 @@ def main() -> None:
           f'german`, scored on {result["questions"]} held-out ones ({result["bleu_signature"]}).', '',
           '| model | beams | BLEU | chrF | exact | nats a token | epochs |', '|---|---|---|---|---|---|---|', *rows, '',
           f'| German | {" | ".join(map(MODELS.get, models))} | right |', '|---|---|' + '---|' * len(models),
-          *(f'| {a["question"]} | {" | ".join(b["said"] for b in (a, *more))} | {a["right"]} |'.replace('\n', ' ') for a, *more in zip(*samples))]
+          *(f'| {each[0]["question"]} | {" | ".join(a["said"] for a in each)} | {each[0]["right"]} |'.replace('\n', ' ')
+            for each in zip(*samples))]
   (flags.out / 'translation.md').write_text('\n'.join(text) + '\n', encoding='utf-8')
   print('\n'.join(text))
 
