@@ -1,12 +1,13 @@
-# make quickstart | test | parity | bench | smollm2 | minilm | ladder | translate | classify | pods | pods-beside-maxtext | planner | scaling | recommend |
-# axes | launch-check | slurm | faults. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
+# make quickstart | test | parity | bench | smollm2 | minilm | ladder | translate | classify | pods | pods-beside-maxtext | planner |
+# scaling | recommend | axes | launch-check | slurm | faults | gpu-wheels. Each makes .venv first if need be; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # constraints.txt holds the exact versions; they are installed as wheels, from whatever index pip is set up with.
 INSTALLED = $(VENV)/installed
 
-.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods pods-beside-maxtext planner scaling recommend axes launch-check slurm faults clean
+.PHONY: quickstart test parity bench smollm2 minilm ladder translate classify pods pods-beside-maxtext planner scaling recommend \
+  axes launch-check slurm faults gpu-wheels clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,7 @@ parity: $(VENV)/installed-test
 	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py tests/test_classics.py tests/test_meshes.py \
 	  tests/test_quantised.py -k 'not table'
 
+# A step of GPT-2 beside transformers in torch. Scripts of benchmarks/ have a short mode that the tests run (benchmarks/running.py).
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/gpt2_step.py
 
@@ -134,6 +136,13 @@ launch-check: $(VENV)/installed-test $(VENV)/sky/installed
 slurm: $(VENV)/installed-test
 	command -v slurmctld || { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends slurm-wlm munge; }
 	JAXLM_SLURM=1 $(BIN)/python -m pytest -s tests/test_slurm.py
+
+# What jaxlm imports and a machine with jax, flax, optax, orbax-checkpoint, torch and transformers lacks, as wheels: benchmarks/gpu.sh
+# installs them where there is no network.
+gpu-wheels: $(INSTALLED)
+	rm -rf build/gpu_wheels
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --constraint constraints.txt \
+	  --dest build/gpu_wheels ml-collections
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -7,10 +7,9 @@ the program too, and not compiled again. benchmarks/auto_axes.py is the step wit
 """
 import argparse
 import json
-import pathlib
 import time
 
-from running import ROOT, kept
+from running import TINY_POD, TINY_STEP, kept, parse, parser
 
 TOPOLOGY = 'v5p:4x4x8'
 CHANGES = {'batch': 128, 'mesh.data': 4, 'mesh.fsdp': 32, 'model.remat': 'full', 'loss.over': 'vocabulary'}
@@ -24,7 +23,7 @@ RUNS = {  # name: what differs; whether with Auto axes
     'Explicit, scanned, 8 layers': (SHALLOW, False),
     'Explicit, unrolled, 8 layers': ({**SHALLOW, 'model.scan': False}, False),
 }
-
+SHORT = ('Explicit, scanned', 'Auto, scanned')
 
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce')
 HEAD = """# Explicit against Auto axes, scanned against unrolled
@@ -51,22 +50,22 @@ TAIL = """
 """
 
 
-def compiled(name: str) -> dict:
+def compiled(flags: argparse.Namespace, name: str) -> dict:
   """One of RUNS, in this process, with its program."""
   import jax  # pylint: disable=g-import-not-at-top
   import auto_axes
   from jaxlm import config as configs, xla
-  from jaxlm.plan import compile as compiling
-  from jaxlm.plan.topology import parse
+  from jaxlm.plan import compile as compiling, topology as pods
   (changes, auto), start = RUNS[name], time.process_time()
-  config = configs.load('configs/llama3.py:8b', [(key, str(value)) for key, value in {**CHANGES, **changes}.items()])
+  topology, changes = (TINY_POD, TINY_STEP) if flags.short else (TOPOLOGY, {**CHANGES, **changes})
+  config = configs.load('configs/llama3.py:8b', [(key, str(value)) for key, value in changes.items()])
   if auto:
-    mesh = auto_axes.make_mesh(config, compiling.devices(parse(TOPOLOGY)))
+    mesh = auto_axes.make_mesh(config, compiling.devices(pods.parse(topology)))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       lowered = auto_axes.make_step(config, mesh).trace(*auto_axes.abstract(config, mesh)).lower(lowering_platforms=('tpu',))
     found = compiling.of(lowered, mesh, xla.options('', mesh))
   else:
-    found = compiling.step(config, TOPOLOGY)
+    found = compiling.step(config, topology)
   return {'peak': found.peak, 'arguments': found.arguments, 'cpu': time.process_time() - start, 'jax': jax.__version__,
           'text': found.text}
 
@@ -90,25 +89,24 @@ def row(name: str, r: dict) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs/axes')
-  parser.add_argument('--only', default='', help='those whose name has this')
-  parser.add_argument('--one', help='compile this one and print what was found')
-  flags = parser.parse_args()
+  p = parser(__doc__, workdir='runs/axes', out='docs')
+  p.add_argument('--only', default='', help='those whose name has this')
+  p.add_argument('--one', help='compile this one and print what was found')
+  flags = parse(p)
   if flags.one:
-    print(json.dumps(compiled(flags.one)))
+    print(json.dumps(compiled(flags, flags.one)))
     return
   flags.workdir.mkdir(parents=True, exist_ok=True)
   rows = {}
-  for name in RUNS:
+  for name in SHORT if flags.short else RUNS:
     file = flags.workdir / f'{name}.json'
     if file.exists() or flags.only in name:
-      r = kept(file, __file__, f'--one={name}')
+      r = kept(flags, file, __file__, f'--one={name}')
       rows[name] = {**r, **counted(r['text'])}
       print(row(name, rows[name]), flush=True)
   text = HEAD.format(versions=f'jax {", ".join(sorted({r["jax"] for r in rows.values()}))}')
   text += '\n'.join(row(name, r) for name, r in rows.items()) + '\n' + TAIL
-  (ROOT / 'docs/axes.md').write_text(text, encoding='utf-8')
+  (flags.out / 'axes.md').write_text(text, encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -5,13 +5,13 @@ again. Writes docs/beside_maxtext.md.
 
     python benchmarks/beside_maxtext.py --maxtext=PYTHON [--workdir=runs/maxtext] [--only=TEXT]
 """
-import argparse
 import dataclasses
 import json
 import pathlib
 import subprocess
+import time
 
-from running import ROOT, kept
+from running import ROOT, TINY_POD, TINY_STEP, kept, parse as flags_of, parser
 
 VERSION = '0.2.5'  # of MaxText
 LENGTH = 8192
@@ -26,6 +26,7 @@ RECIPES = {  # name: (jaxlm's config, topology, what differs), (MaxText's model,
     'Llama-3-70B, v6e:16x16, full remat': (
         ('llama3.py:70b', 'v6e:16x16', {'batch': 256, 'mesh.data': 4, 'mesh.fsdp': 64}), ('llama3.1-70b', 'v6e-256', 'full')),
 }
+SHORT = {'tiny': (('llama3.py:8b', TINY_POD, TINY_STEP), ('', '', ''))}
 PROGRAMS = ('jaxlm', 'MaxText', "MaxText, jaxlm's options")
 HEAD = """# Beside MaxText
 
@@ -49,7 +50,7 @@ def job_of(recipe: str):
   from jaxlm.plan import search
   from jaxlm.plan.topology import parse
   from jaxlm.validate import filled
-  (file, topology, changes), _ = RECIPES[recipe]
+  (file, topology, changes), _ = {**RECIPES, **SHORT}[recipe]
   changes = {'loss.over': 'vocabulary', 'length': LENGTH, **changes}
   config, pod = configs.load(f'configs/{file}', [(key, str(value)) for key, value in changes.items()]), parse(topology)
   return config, search.plan(config, filled(config.mesh, pod.devices), pod).job
@@ -74,7 +75,7 @@ def maxtexts(python: str, recipe: str, file: pathlib.Path, options: bool) -> dic
   ours = xla.TPU[{'v5p': 'TPU v5p', 'v6e': 'TPU v6e'}[job.pod.kind]] if options else {}
   new = file.with_suffix('.new')
   subprocess.run([
-      python, str(ROOT / 'benchmarks/maxtext_step.py'), str(new), f'model_name={model}', f'compile_topology={topology}',
+      python, __file__, f'--step={new}', f'model_name={model}', f'compile_topology={topology}',
       'compile_topology_num_slices=1', f'per_device_batch_size={config.batch // job.pod.devices}', f'max_target_length={config.length}',
       f'ici_data_parallelism={job.mesh["data"]}', f'ici_fsdp_parallelism={job.mesh["fsdp"]}', f'remat_policy={remat}', 'attention=flash',
       'dataset_type=synthetic', 'enable_checkpointing=false', 'run_name=compiled', f'base_output_directory={file.parent}',
@@ -82,6 +83,26 @@ def maxtexts(python: str, recipe: str, file: pathlib.Path, options: bool) -> dic
       cwd=file.parent, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   new.rename(file)
   return json.loads(file.read_text(encoding='utf-8'))
+
+
+def maxtexts_step(out: str, keys: list[str]) -> None:
+  """MaxText's own train_compile, by a Python that has it, in this process; what it compiles is written to `out`."""
+  # pylint: disable=g-import-not-at-top,import-error
+  import jax
+  import maxtext
+  from absl import app
+  from maxtext.trainers.pre_train import train_compile
+  compiling, start = train_compile.jit_and_compile, time.monotonic()
+
+  def written(*args, **kwargs):
+    compiled = compiling(*args, **kwargs)
+    memory = compiled.memory_analysis()
+    pathlib.Path(out).write_text(json.dumps({
+        'jax': jax.__version__, 'peak': memory.peak_memory_in_bytes / 2 ** 30, 'arguments': memory.argument_size_in_bytes / 2 ** 30,
+        'text': compiled.as_text(), 'seconds': time.monotonic() - start}), encoding='utf-8')
+    return compiled
+  train_compile.jit_and_compile = written
+  app.run(train_compile.main, argv=['train_compile', str(pathlib.Path(maxtext.__file__).parent / 'configs/base.yml'), *keys])
 
 
 def counted(recipe: str, r: dict) -> dict:
@@ -105,30 +126,34 @@ def row(recipe: str, program: str, found: dict, beside: float | None) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs/maxtext')
-  parser.add_argument('--maxtext', help='the Python that has MaxText')
-  parser.add_argument('--only', default='', help='recipes whose name has this')
-  parser.add_argument('--one', help='compile jaxlm\'s step of this recipe and print it')
-  flags = parser.parse_args()
+  p = parser(__doc__, workdir='runs/maxtext', out='docs')
+  p.add_argument('--maxtext', help='the Python that has MaxText')
+  p.add_argument('--only', default='', help='recipes whose name has this')
+  p.add_argument('--one', help='compile jaxlm\'s step of this recipe and print it')
+  p.add_argument('--step', help='compile MaxText\'s step, of its KEY=VALUE that follow, and write it to this file')
+  p.add_argument('keys', nargs='*', help='with --step')
+  flags = flags_of(p)
+  if flags.step:
+    maxtexts_step(flags.step, flags.keys)
+    return
   if flags.one:
     print(json.dumps(compiled(flags.one)))
     return
   flags.workdir.mkdir(parents=True, exist_ok=True)
   rows, versions = [], ''
-  for recipe in RECIPES:
-    files = {program: flags.workdir.resolve() / f'{recipe}, {program}.json' for program in PROGRAMS}
-    if flags.only not in recipe and not files['jaxlm'].exists():
+  for recipe in SHORT if flags.short else RECIPES:
+    files = {program: flags.workdir / f'{recipe}, {program}.json' for program in PROGRAMS}
+    if flags.only not in recipe and not all(file.exists() for file in files.values()):
       continue
-    found = {'jaxlm': kept(files['jaxlm'], __file__, f'--one={recipe}')}
+    found = {'jaxlm': kept(flags, files['jaxlm'], __file__, f'--one={recipe}')}
     versions = f'jax {found["jaxlm"]["jax"]}'
-    for program in PROGRAMS[1:]:
-      found[program] = maxtexts(flags.maxtext, recipe, files[program], program != 'MaxText')
+    for program in PROGRAMS[1:]:  # in short mode, MaxText's are jaxlm's
+      found[program] = found['jaxlm'] if flags.short else maxtexts(flags.maxtext, recipe, files[program], program != 'MaxText')
     all_counted = {program: counted(recipe, r) for program, r in found.items()}
     for program, c in all_counted.items():
       rows.append(row(recipe, program, c, all_counted['MaxText']['fusions']))
       print(rows[-1], flush=True)
-  (ROOT / 'docs/beside_maxtext.md').write_text(
+  (flags.out / 'beside_maxtext.md').write_text(
       HEAD.format(length=LENGTH, version=VERSION, versions=versions) + '\n'.join(rows) + '\n', encoding='utf-8')
 
 

@@ -3,15 +3,15 @@ docs/classification.md.
 
     python benchmarks/classify.py [--workdir=runs/classify] [--steps=600]
 """
-import argparse
 import json
-import pathlib
 
 import numpy as np
-from running import ROOT, fetched, jaxlm
+from running import TINY_RUN, fetched, jaxlm, parse, parser
 
 from jaxlm import config as configs
 from jaxlm.data import sources
+
+SHORT = ('--config.data.tokenizer=bpe:300', *TINY_RUN)
 
 
 def baseline(config) -> np.ndarray:
@@ -27,15 +27,14 @@ def baseline(config) -> np.ndarray:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs' / 'classify')
-  parser.add_argument('--steps', type=int, default=600)
-  parser.add_argument('--out', type=pathlib.Path, default=ROOT / 'docs' / 'classification.md')
-  flags = parser.parse_args()
-  workdir = flags.workdir.absolute()
-  jaxlm('train', '--config=configs/finetune/classification.py', f'--workdir={workdir / "encoder"}',
-        f'--config.data.source={fetched("spam", workdir)}', f'--config.steps={flags.steps}')
-  jaxlm('eval', f'--workdir={workdir / "encoder"}', '--metrics=exact,f1', f'--json={workdir / "eval.json"}',
+  p = parser(__doc__, workdir='runs/classify', out='docs')
+  p.add_argument('--steps', type=int, default=600)
+  flags = parse(p, steps=2)
+  workdir = flags.workdir
+  jaxlm(flags, 'train', '--config=configs/finetune/classification.py', f'--workdir={workdir / "encoder"}',
+        f'--config.data.source={fetched(flags, "spam", workdir)}', f'--config.steps={flags.steps}',
+        *(SHORT if flags.short else ()))
+  jaxlm(flags, 'eval', f'--workdir={workdir / "encoder"}', '--metrics=exact,f1', f'--json={workdir / "eval.json"}',
         f'--answers={workdir / "answers.jsonl"}')
   answers = (workdir / 'answers.jsonl').read_text(encoding='utf-8').splitlines()
   ours = np.array([a['said'] == a['right'] for a in map(json.loads, answers)])
@@ -46,7 +45,7 @@ def main() -> None:
   text = ['# Spam or ham', '', f'Made by `make classify`: the mails of `jaxlm data fetch spam`, {len(ours)} of them held out.', '',
           '| model | accuracy | 95% interval |', '|---|---|---|', row('encoder (jaxlm)', ours),
           row('TF-IDF and logistic regression', theirs)]
-  flags.out.write_text('\n'.join(text) + '\n', encoding='utf-8')
+  (flags.out / 'classification.md').write_text('\n'.join(text) + '\n', encoding='utf-8')
   print('\n'.join(text))
 
 

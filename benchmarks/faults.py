@@ -2,16 +2,16 @@
 
     python benchmarks/faults.py [--only=WORDS for pytest's -k | --written]
 """
-import argparse
 import json
 import os
 import subprocess
 import sys
 
-from running import ROOT
+from running import ROOT, parse, parser
 
 TESTS = ['tests/faults', *(f'tests/test_{name}.py' for name in (
     'seal', 'storage', 'guard', 'replicas', 'watchdog', 'lease', 'launch', 'secrets', 'data', 'hosts', 'watch_hosts', 'goodput'))]
+SHORT = ('tests/test_lease.py', 'a_clock_that_is_set')  # a file, and words of -k
 HEAD = """# The fault matrix
 
 Made by `make faults` (benchmarks/faults.py): each line is a test in which something really happened to a run, on CPU devices; of several
@@ -31,23 +31,23 @@ def row(line: dict) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--only', help='tests whose names have this')
-  parser.add_argument('--written', action='store_true', help='run nothing: the table of the lines that are in runs/faults/lines.jsonl')
-  flags = parser.parse_args()
-  folder = ROOT / 'runs/faults'
-  folder.mkdir(parents=True, exist_ok=True)
-  file = folder / 'lines.jsonl'
+  p = parser(__doc__, workdir='runs/faults', out='docs')
+  p.add_argument('--only', help='tests whose names have this')
+  p.add_argument('--written', action='store_true', help='run nothing: the table of the lines that are in runs/faults/lines.jsonl')
+  flags = parse(p)
+  flags.workdir.mkdir(parents=True, exist_ok=True)
+  file = flags.workdir / 'lines.jsonl'
   code = 0
   if not flags.written:
     file.unlink(missing_ok=True)
-    words = [sys.executable, '-m', 'pytest', '-p', 'no:xdist', *TESTS, *(['-k', flags.only] if flags.only else [])]
+    tests, only = ([SHORT[0]], SHORT[1]) if flags.short else (TESTS, flags.only)
+    words = [sys.executable, '-m', 'pytest', '-p', 'no:xdist', *tests, *(['-k', only] if only else [])]
     code = subprocess.run(words, cwd=ROOT, env={**os.environ, 'JAXLM_FAULTS': str(file)}, check=False).returncode
   lines = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
   number = lambda line: (int(line['fault'][1:]) if line['fault'][1:].isdigit() else 99, line['case'])
   if not flags.only:
     text = HEAD + '\n'.join(row(line) for line in sorted(lines, key=number)) + '\n'
-    (ROOT / 'docs/faults.md').write_text(text, encoding='utf-8')
+    (flags.out / 'faults.md').write_text(text, encoding='utf-8')
   print('\n'.join(row(line) for line in sorted(lines, key=number)))
   sys.exit(code)
 

@@ -5,12 +5,10 @@ Each chip's are compiled in a process of their own, by the JAX of the Python tha
 
     python benchmarks/gate.py [--workdir=runs/pods] [--only=CHIP]
 """
-import argparse
 import json
-import pathlib
 import time
 
-from running import ROOT, kept
+from running import TINY_POD, TINY_STEP, kept, parse as flags_of, parser
 
 CHIPS = {'v4': 'v4:2x2x2', 'v5e': 'v5e:2x4', 'v5p': 'v5p:2x2x2', 'v6e': 'v6e:2x4', 'tpu7x': 'tpu7x:2x2x1', 'h100': 'h100:1x8'}
 SIZES = {'model.D': 256, 'model.H': 4, 'model.G': 4, 'model.K': 128, 'model.F': 512, 'model.N': 4, 'model.V': 1024,
@@ -26,16 +24,17 @@ PROGRAMS = {
     'int8 projections': {'mesh.fsdp': 8, 'model.matmul': 'int8'},
     'layer inputs and moments offloaded': {'mesh.fsdp': 8, 'model.offload': 'block_in attention', 'optimizer.offload': True},
 }
+SHORT = {'v5e': TINY_POD}, {'decoder': TINY_STEP}
 HEAD = """# What compiles where
 
 Made by `make pods` (benchmarks/gate.py): small steps of every kind, through the real compilers of every generation of chip, on a CPU.
-A cell has, for each version of JAX ({versions}), "yes" or what the compiler says, and the share of the bytes of
-collectives that go on beside other work.
+A cell has, for each version of JAX ({versions}), "yes" and the share of the bytes of collectives that go on beside other
+work, or else what JAX or the compiler says.
 
 """
 
 
-def compiled(chip: str) -> dict:
+def compiled(chip: str, topology: str, programs: dict[str, dict]) -> dict:
   """Program → {'says': '' or why it does not compile, 'hidden': share}, in this process."""
   import jax  # pylint: disable=g-import-not-at-top
   from jaxlm import config as configs
@@ -43,49 +42,47 @@ def compiled(chip: str) -> dict:
   from jaxlm.plan import compile as compiling, costed, search
   from jaxlm.plan.topology import parse
   from jaxlm.validate import filled
-  out, pod = {}, parse(CHIPS[chip])
-  for name, changes in PROGRAMS.items():
+  out, pod = {}, parse(topology)
+  for name, changes in programs.items():
     config, start = configs.from_flat({**SIZES, **changes}), time.process_time()
     try:
-      sent = costed.sent(search.plan(config, filled(config.mesh, pod.devices), pod).job, compiling.step(config, CHIPS[chip]))
-      total = sum(s.bytes for s in sent)
-      out[name] = {'says': '', 'hidden': sum(s.bytes * s.hidden for s in sent) / total}
-    except (jax.errors.JaxRuntimeError, compiling.DoesNotFit, UsageError, NotImplementedError, ValueError) as e:
+      sent = costed.sent(search.plan(config, filled(config.mesh, pod.devices), pod).job, compiling.step(config, topology))
+      out[name] = {'says': '', 'hidden': sum(s.bytes * s.hidden for s in sent) / sum(s.bytes for s in sent)}
+    except (jax.errors.JaxRuntimeError, compiling.DoesNotFit, UsageError, NotImplementedError, TypeError, ValueError) as e:
       out[name] = {'says': str(e).splitlines()[0][:200], 'hidden': 0.}
     out[name]['cpu'] = time.process_time() - start
-  return {'jax': jax.__version__, 'programs': out}
+  return {'jax': jax.__version__, 'chip': chip, 'programs': out}
 
 
-def table(found: dict[str, dict[str, dict]]) -> str:
+def table(found: dict[str, dict[str, dict]], chips, programs) -> str:
   """found: version of JAX → chip → program → what `compiled` says."""
   cell = lambda r: r['says'] or f"yes {r['hidden']:.0%}"
-  lines = ['| program | ' + ' | '.join(CHIPS) + ' |', '|---' * (len(CHIPS) + 1) + '|']
-  for name in PROGRAMS:
-    cells = [' / '.join(cell(chips[chip][name]) if chip in chips else '–' for chips in found.values()) for chip in CHIPS]
+  lines = ['| program | ' + ' | '.join(chips) + ' |', '|---' * (len(chips) + 1) + '|']
+  for name in programs:
+    cells = [' / '.join(cell(of[chip][name]) if chip in of else '–' for of in found.values()) for chip in chips]
     lines.append('| ' + ' | '.join([name, *cells]) + ' |')
   return HEAD.format(versions=' / '.join(found)) + '\n'.join(lines) + '\n'
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs/pods')
-  parser.add_argument('--only', default='', help='this chip')
-  parser.add_argument('--one', help='compile for this chip and print what was found')
-  flags = parser.parse_args()
+  p = parser(__doc__, workdir='runs/pods', out='docs')
+  p.add_argument('--only', default='', help='this chip')
+  p.add_argument('--one', help='compile for this chip and print what was found')
+  flags = flags_of(p)
+  chips, programs = SHORT if flags.short else (CHIPS, PROGRAMS)
   if flags.one:
-    print(json.dumps(compiled(flags.one)))
+    print(json.dumps(compiled(flags.one, chips[flags.one], programs)))
     return
   import jax  # pylint: disable=g-import-not-at-top
   folder = flags.workdir / 'gate'
   (folder / jax.__version__).mkdir(parents=True, exist_ok=True)
-  for chip in CHIPS:
+  for chip in chips:
     if flags.only in ('', chip):
-      programs = kept(folder / jax.__version__ / f'{chip}.json', __file__, f'--one={chip}')['programs']
-      for name, r in programs.items():
+      for name, r in kept(flags, folder / jax.__version__ / f'{chip}.json', __file__, f'--one={chip}')['programs'].items():
         print(f'jax {jax.__version__}, {chip}, {name}: {r["says"] or "compiles"} ({r["cpu"]:.0f} s of CPU)', flush=True)
   found = {version.name: {file.stem: json.loads(file.read_text())['programs'] for file in version.glob('*.json')}
            for version in sorted(folder.iterdir())}
-  (ROOT / 'docs/gate.md').write_text(table(found), encoding='utf-8')
+  (flags.out / 'gate.md').write_text(table(found, chips, programs), encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -1,40 +1,82 @@
 """Two programs timed on the same cores in turn. Each is a process that stays; a round is one step of each, in alternating
 order, while the other sleeps. The figure is the ratio of the median times."""
+import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 
-def serve(step) -> None:
+def timed(step: Callable) -> tuple[float, object]:
+  """(seconds, result) of a step."""
+  start = time.perf_counter()
+  result = step()
+  return time.perf_counter() - start, result
+
+
+def serve(step: Callable) -> None:
   """In a worker: does one step a line on stdin, and answers with its seconds and what it returned."""
   print('ready', flush=True)
   for _ in sys.stdin:
-    start = time.perf_counter()
-    result = step()
-    print(json.dumps([time.perf_counter() - start, result]), flush=True)
+    print(json.dumps(timed(step)), flush=True)
 
 
-def race(workers: dict[str, tuple[list[str], dict]], rounds: int) -> dict[str, list]:
-  """{name: (arguments after the interpreter, environment)} → {name: [(seconds, result) a round]}."""
+class Worker:
+  """`SCRIPT --worker=NAME …`, which serves a step."""
+
+  def __init__(self, name: str, words: list[str], env: dict[str, str]):
+    self._name, self._errors = name, tempfile.TemporaryFile('w+')
+    self._process = subprocess.Popen([sys.executable, *words], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                     stderr=self._errors, env={**os.environ, **env})
+    while self._line() != 'ready':
+      pass
+
+  def _line(self) -> str:
+    line = self._process.stdout.readline()
+    if not line:
+      self._errors.seek(0)
+      raise RuntimeError(f'the {self._name} worker ended with {self._process.wait()}\n{self._errors.read()[-2000:]}')
+    return line.strip()
+
+  def step(self) -> tuple[float, object]:
+    print('step', file=self._process.stdin, flush=True)
+    return json.loads(self._line())
+
+  def close(self) -> None:
+    self._process.stdin.close()
+    self._process.wait()
+    self._process.stdout.close()
+    self._errors.close()
+
+
+def race(flags: argparse.Namespace, script: str, workers: dict[str, Callable], rounds: int, env: dict[str, dict] | None = None,
+         **own) -> dict[str, list]:
+  """{name: flags → its step, a function} → {name: [(seconds, result) a round]}.
+
+  script: `SCRIPT --worker=NAME --KEY=VALUE …` serves the step of a worker, the keys and values being those of `own`. env: what each worker
+  has in its environment besides, by name. In short mode the steps are made and done in this process.
+  """
+  if flags.short:
+    steps = {name: make(argparse.Namespace(**{**vars(flags), **own})) for name, make in workers.items()}
+    return {name: [timed(step) for _ in range(rounds)] for name, step in steps.items()}
+  words = [script, *(f'--{key}={value}' for key, value in own.items())]
   peers = {}
-  for name, (arguments, env) in workers.items():
-    peers[name] = subprocess.Popen([sys.executable, *arguments], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, env=env)
-    while (line := peers[name].stdout.readline().strip()) != 'ready':
-      if not line and peers[name].poll() is not None:
-        raise RuntimeError(f'the {name} worker ended with {peers[name].returncode}')
-  out = {name: [] for name in peers}
-  for n in range(rounds):
-    for name in sorted(peers, reverse=n % 2 == 1):
-      print('step', file=peers[name].stdin, flush=True)
-      out[name].append(json.loads(peers[name].stdout.readline()))
-  for peer in peers.values():
-    peer.stdin.close()
-    peer.wait()
-  return out
+  try:
+    for name in workers:
+      peers[name] = Worker(name, [*words, f'--worker={name}'], (env or {}).get(name, {}))
+    out = {name: [] for name in peers}
+    for n in range(rounds):
+      for name in sorted(peers, reverse=n % 2 == 1):
+        out[name].append(peers[name].step())
+    return out
+  finally:
+    for peer in peers.values():
+      peer.close()
 
 
 def report(label: str, results: dict[str, list], tokens: int) -> float:

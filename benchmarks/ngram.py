@@ -7,16 +7,14 @@ however often it lies there. Over bytes, then over tokens of bpe:4096. The token
 apart; then a process counts and saves, and its largest resident memory (wait4's ru_maxrss: files that are mapped
 included) is what counts. Exits 1 if it is above the target.
 """
-import argparse
 import hashlib
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
+
+from running import measured, parse, parser
 
 TEXT = ('.py', '.pyi', '.txt', '.md', '.rst', '.h', '.hpp', '.c', '.cpp', '.cu', '.cuh', '.js', '.json', '.csv', '.xml', '.html')
 VOCABULARIES = {'bytes': 257, 'bpe:4096': 4096}
@@ -43,36 +41,29 @@ def texts(wanted: int):
   sys.exit(f'this machine has only {size / 1e6:.0f} MB of text there; set --megabytes lower')
 
 
-def run(*words: str) -> tuple[float, float, str]:
-  """(seconds, largest resident GB, output) of `jaxlm WORDS`."""
-  began = time.time()
-  child = subprocess.Popen([sys.executable, '-m', 'jaxlm', *words], stdout=subprocess.PIPE, text=True)  # pylint: disable=consider-using-with
-  out = child.stdout.read()
-  _, status, usage = os.wait4(child.pid, 0)
-  child.returncode = os.waitstatus_to_exitcode(status)
-  if child.returncode:
-    sys.exit(f'jaxlm {" ".join(words)} ended with {child.returncode}\n{out}')
-  return time.time() - began, usage.ru_maxrss * 1024 / 1e9, out
-
-
-def main(args) -> None:
-  met = True
-  with tempfile.TemporaryDirectory(dir=args.tmp) as tmp:
+def main() -> None:
+  p = parser(__doc__)
+  p.add_argument('--order', type=int, default=5)
+  p.add_argument('--megabytes', type=float, default=100)
+  p.add_argument('--target_gb', type=float, default=4)
+  p.add_argument('--tmp', default=None)
+  args, met = parse(p, order=3, megabytes=1, target_gb=float('inf')), True
+  with tempfile.TemporaryDirectory(dir=args.short or args.tmp) as tmp:
     tmp, size, files = pathlib.Path(tmp), 0, 0
     with (tmp / 'text.jsonl').open('w', encoding='utf-8') as f:
       for name, text in texts(int(args.megabytes * 1e6)):
         f.write(json.dumps({'name': name, 'text': text}) + '\n')
         size, files = size + len(text.encode()), files + 1
     print(f'{size / 1e6:.1f} MB of text in {files:,} files', flush=True)
-    for tokenizer, V in VOCABULARIES.items():
+    for tokenizer, V in list(VOCABULARIES.items())[:1 if args.short else None]:
       workdir = tmp / tokenizer.replace(':', '')
       words = [f'--config=configs/ngram.py:{args.order}', f'--workdir={workdir}', f'--config.data.source=jsonl:{tmp}/text.jsonl',
                f'--config.data.tokenizer={tokenizer}', f'--config.model.V={V}']
-      cached, _, _ = run('data', 'build', *words)
-      seconds, peak, out = run('train', *words)
+      cached = measured(args, 'data', 'build', *words).seconds
+      seconds, peak, out = measured(args, 'train', *words)
       made = sum(p.stat().st_size for p in (workdir / 'checkpoints').rglob('*') if p.is_file())
       tokens = json.loads((workdir / 'data' / 'manifest.json').read_text(encoding='utf-8'))['splits']['train']['tokens']
-      evaluated, eval_peak, _ = run('eval', f'--workdir={workdir}', f'--json={workdir}/eval.json')
+      evaluated, eval_peak, _ = measured(args, 'eval', f'--workdir={workdir}', f'--json={workdir}/eval.json')
       result = json.loads((workdir / 'eval.json').read_text(encoding='utf-8'))
       met &= peak <= args.target_gb
       grams = ' + '.join(line.split(': ')[1].split()[0] for line in out.splitlines() if line.startswith('order '))
@@ -84,9 +75,4 @@ def main(args) -> None:
 
 
 if __name__ == '__main__':
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--order', type=int, default=5)
-  parser.add_argument('--megabytes', type=float, default=100)
-  parser.add_argument('--target_gb', type=float, default=4)
-  parser.add_argument('--tmp', default=None)
-  main(parser.parse_args())
+  main()

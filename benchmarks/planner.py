@@ -5,7 +5,7 @@ The numbers it prints are those that stand in roofline.REACHED; a test holds the
 
     python benchmarks/planner.py
 """
-from running import ROOT
+from running import parse, parser
 
 from jaxlm.plan import published, roofline
 
@@ -31,7 +31,8 @@ chip are 10% apart, by any count of FLOPs); its recipe on two slices, with a log
 
 
 def main() -> None:
-  for platform in roofline.REACHED:
+  flags = parse(parser(__doc__, out='docs'))
+  for platform in ['gpu'] if flags.short else roofline.REACHED:
     print(platform, published.fit(platform), 'in the code:', roofline.REACHED[platform])
   lines = [HEAD]
   for fitted, title in ((True, 'Fitted on'), (False, 'Held out')):
@@ -43,7 +44,7 @@ def main() -> None:
     lines += [f'| {r["name"]} | {r["published_seconds"]:.3f} | {r["predicted_seconds"]:.3f} | {r["ratio"]:.2f} | {r["published_mfu"]:.1%} | '
               f'{r["predicted_mfu"]:.1%} | {r["tokens_per_second_per_chip"]:,.0f} | {r["source"]} |' for r in rows]
     lines.append('')
-  (ROOT / 'docs/planner.md').write_text('\n'.join(lines), encoding='utf-8')
+  (flags.out / 'planner.md').write_text('\n'.join(lines), encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -5,14 +5,12 @@ not compiled again.
 
     python benchmarks/pods.py [--workdir=runs/pods] [--only=TEXT]
 """
-import argparse
 import dataclasses
 import json
-import pathlib
 import resource
 
 import jax
-from running import ROOT, kept
+from running import TINY_POD, TINY_STEP, kept, parse as flags_of, parser
 
 from jaxlm import config as configs
 from jaxlm.plan import command, compile as compiling, costed, hlo, search
@@ -51,6 +49,7 @@ RUNS = {  # name: config, topology, slices, what differs
     '70B, h100:128x8': ('llama3.py:70b', 'h100:128x8', 1, {
         **PIECES, 'batch': 512, 'mesh.data': 4, 'mesh.fsdp': 32, 'mesh.tensor': 8}),
 }
+SHORT = {'tiny': ('llama3.py:8b', TINY_POD, 1, TINY_STEP)}
 HEAD = """# Steps compiled for pods that are not here
 
 Made by `make pods` (benchmarks/pods.py): the real TPU and GPU compilers, on a CPU. Rows have the length of their
@@ -69,14 +68,14 @@ nothing recomputed is counted: jaxlm/plan/cost.py).
 
 
 def planned(name: str) -> search.Plan:
-  file, topology, slices, changes = RUNS[name]
+  file, topology, slices, changes = {**RUNS, **SHORT}[name]
   config, pod = configs.load(f'configs/{file}', [(key, str(value)) for key, value in changes.items()]), parse(topology, slices)
   return search.plan(config, filled(config.mesh, pod.devices), pod)
 
 
 def compiled(name: str) -> dict:
   """What the compiler makes of one of RUNS, in this process, its program too."""
-  p, (_, topology, slices, _) = planned(name), RUNS[name]
+  p, (_, topology, slices, _) = planned(name), {**RUNS, **SHORT}[name]
   found = dataclasses.asdict(dataclasses.replace(compiling.step(p.config, topology, slices), ops=[]))
   return {**found, 'jax': jax.__version__, 'host': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
 
@@ -95,23 +94,22 @@ def row(name: str, r: dict) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs/pods')
-  parser.add_argument('--only', default='', help='those whose name has this')
-  parser.add_argument('--one', help='compile this one and print what was found')
-  flags = parser.parse_args()
+  p = parser(__doc__, workdir='runs/pods', out='docs')
+  p.add_argument('--only', default='', help='those whose name has this')
+  p.add_argument('--one', help='compile this one and print what was found')
+  flags = flags_of(p)
   if flags.one:
     print(json.dumps(compiled(flags.one)))
     return
   flags.workdir.mkdir(parents=True, exist_ok=True)
   rows = []
-  for name in RUNS:
+  for name in SHORT if flags.short else RUNS:
     file = flags.workdir / f'{name}.json'
     if file.exists() or flags.only in name:
-      r = kept(file, __file__, f'--one={name}')
+      r = kept(flags, file, __file__, f'--one={name}')
       rows.append(row(name, r))
       print(rows[-1], flush=True)
-  (ROOT / 'docs/pods.md').write_text(HEAD + '\n'.join(rows) + '\n', encoding='utf-8')
+  (flags.out / 'pods.md').write_text(HEAD + '\n'.join(rows) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@
 import importlib.util
 import json
 
+import running
 from running import ROOT
 
 from jaxlm import config as configs
@@ -42,11 +43,11 @@ def recommended(name: str, topology: str) -> dict | str:
 
 
 def main() -> None:
-  table = {}
-  for name in names():
-    table[name] = {topology: recommended(name, topology) for topology in TOPOLOGIES}
+  flags, table = running.parse(running.parser(__doc__, out='configs')), {}
+  for name in names()[-1:] if flags.short else names():
+    table[name] = {topology: recommended(name, topology) for topology in (TOPOLOGIES[:1] if flags.short else TOPOLOGIES)}
     print(name, table[name], flush=True)
-  (ROOT / 'configs/pods.json').write_text(written(table), encoding='utf-8')
+  (flags.out / 'pods.json').write_text(written(table), encoding='utf-8')
 
 
 def written(table: dict) -> str:

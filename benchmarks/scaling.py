@@ -11,7 +11,7 @@ import json
 import pathlib
 
 import matplotlib
-from running import ROOT, kept
+from running import TINY_POD, TINY_STEP, kept, parse as flags_of, parser
 
 from jaxlm import config as configs
 from jaxlm.plan import command, compile as compiling, search
@@ -21,6 +21,8 @@ PODS = (('v5p:4x4x4', 1), ('v5p:4x4x8', 1), ('v5p:4x8x8', 1), ('v5p:8x8x8', 1), 
         ('v5p:16x16x16', 2))
 COMPILED = {'weak': (64, 512, 4096, 8192), 'strong': (4096,)}
 BATCH = {'weak': lambda chips: chips, 'strong': lambda chips: 1024}
+STATED = {'loss.over': 'vocabulary'}
+SHORT = ((TINY_POD, 1),)
 HEAD = """# 70B from 64 to 8,192 chips
 
 Made by `make scaling` (benchmarks/scaling.py): Llama-3-70B on v5p, rows of 8,192 tokens; 8,192 chips are two slices of
@@ -34,38 +36,38 @@ the TPU compiler from the compiled step (jaxlm/plan/costed.py), with the peak of
 """
 
 
-def best(kind: str, topology: str, slices: int):
+def best(flags: argparse.Namespace, kind: str, topology: str, slices: int):
   pod = parse(topology, slices)
-  fixed = [('batch', str(BATCH[kind](pod.chips))), ('loss.over', 'vocabulary')]
-  found, _ = search.search(configs.load('configs/llama3.py:70b', fixed), pod, frozenset(key for key, _ in fixed))
+  stated = {'batch': BATCH[kind](pod.chips), **(TINY_STEP if flags.short else STATED)}
+  config = configs.load('configs/llama3.py:70b', [(key, str(value)) for key, value in stated.items()])
+  found, _ = search.search(config, pod, frozenset(stated))
   return found[0] if found else None
 
 
-def one(kind: str, topology: str, slices: int) -> dict:
-  p = best(kind, topology, slices)
+def one(flags: argparse.Namespace, kind: str, topology: str, slices: int) -> dict:
+  p = best(flags, kind, topology, slices)
   return command.entry(p, compiling.step(p.config, topology, slices))
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs/scaling')
-  parser.add_argument('--one', nargs=3, help='kind topology slices: compile this one and print what was found')
-  parser.add_argument('--cached', action='store_true', help='compile nothing: take what is there')
-  flags = parser.parse_args()
+  p = parser(__doc__, workdir='runs/scaling', out='docs')
+  p.add_argument('--one', nargs=3, help='kind topology slices: compile this one and print what was found')
+  p.add_argument('--cached', action='store_true', help='compile nothing: take what is there')
+  flags = flags_of(p)
   if flags.one:
-    print(json.dumps(one(*flags.one[:2], int(flags.one[2]))))
+    print(json.dumps(one(flags, *flags.one[:2], int(flags.one[2]))))
     return
   flags.workdir.mkdir(parents=True, exist_ok=True)
   lines, drawn = [], {}
   for kind in BATCH:
-    for topology, slices in PODS:
-      p = best(kind, topology, slices)
+    for topology, slices in SHORT if flags.short else PODS:
+      p = best(flags, kind, topology, slices)
       if p is None:
         lines.append(f'| {parse(topology, slices).chips:,} | {kind} | nothing fits | | | | | | | |')
         continue
       file = flags.workdir / f'{kind}_{topology.replace(":", "_")}_{slices}.json'
-      wanted = p.job.pod.chips in COMPILED[kind] and not flags.cached
-      e = kept(file, __file__, '--one', kind, topology, str(slices)) if wanted or file.exists() else command.entry(p)
+      wanted = (flags.short or p.job.pod.chips in COMPILED[kind]) and not flags.cached
+      e = kept(flags, file, __file__, '--one', kind, topology, str(slices)) if wanted or file.exists() else command.entry(p)
       compiled = e['compiled']
       drawn.setdefault(kind, []).append((p.job.pod.chips, e['predicted_mfu'], compiled and compiled['mfu']))
       waits = ', '.join(f'{axis} {s:.2f} s' for axis, s in e['seconds']['exposed'].items() if s > .01 * e['predicted_step_seconds'])
@@ -74,11 +76,11 @@ def main() -> None:
                    + (f'{compiled["mfu"]:.1%}' if compiled else '') + f' | {e["predicted_hbm_gib"]["peak"]:.1f} | '
                    + (f'{e["hbm_gib"]["peak"]:.1f}' if compiled else '') + f' | {e["bound_by"]} | {waits} |')
       print(lines[-1], flush=True)
-  (ROOT / 'docs/scaling.md').write_text(HEAD + '\n'.join(lines) + '\n', encoding='utf-8')
-  draw(drawn)
+  (flags.out / 'scaling.md').write_text(HEAD + '\n'.join(lines) + '\n', encoding='utf-8')
+  draw(drawn, flags.out / 'scaling.png')
 
 
-def draw(drawn: dict) -> None:
+def draw(drawn: dict, file: pathlib.Path) -> None:
   matplotlib.use('Agg')
   from matplotlib import pyplot  # pylint: disable=g-import-not-at-top
   figure, axes = pyplot.subplots(figsize=(7, 4), layout='constrained')
@@ -92,7 +94,7 @@ def draw(drawn: dict) -> None:
   axes.minorticks_off()
   axes.grid(alpha=.3)
   axes.legend()
-  figure.savefig(ROOT / 'docs/scaling.png', dpi=130)
+  figure.savefig(file, dpi=130)
 
 
 if __name__ == '__main__':

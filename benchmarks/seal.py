@@ -4,24 +4,22 @@ A state of random float32 arrays is saved and restored as a run does it (jaxlm/c
 training loop waits in save(). Seal: reading all files back for their checksums, beside a plain read of the same bytes, both from the
 page cache. Restart to first step: `jaxlm train` of the quickstart model from its checkpoint.
 """
-import argparse
 import json
 import pathlib
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
-from running import ROOT
+from running import TINY_RUN, measured, parse, parser
 
 from jaxlm import seal
 from jaxlm.checkpoint import Checkpoints, digests
 from jaxlm.schema import CheckpointConfig
 
 INTERVAL = 600  # seconds between saves
+SHORT = ('--config.data.source=text:jaxlm/*.py', '--config.data.tokenizer=bytes', *TINY_RUN)
 
 
 def timed(f):
@@ -41,10 +39,9 @@ def plain_read(folder: pathlib.Path) -> int:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--gib', type=float, default=.6)
-  parser.add_argument('--workdir', type=pathlib.Path, default=ROOT / 'runs/seal')
-  flags = parser.parse_args()
+  p = parser(__doc__, workdir='runs/seal')
+  p.add_argument('--gib', type=float, default=.6)
+  flags = parse(p, gib=.01)
   shutil.rmtree(flags.workdir, ignore_errors=True)
   n = int(flags.gib * 2 ** 30 / 4 / 24 / 4096)
   make = jax.jit(lambda key: {f'a{i}': jax.random.normal(jax.random.fold_in(key, i), (n, 4096)) for i in range(24)})
@@ -54,7 +51,7 @@ def main() -> None:
   checkpoints.save(1, state, meta)  # what is compiled, is
   checkpoints.finish()
   found = {name: [] for name in ('digests', 'stall', 'save', 'plain', 'seal', 'restore')}
-  for step in range(2, 7):
+  for step in range(2, 3 if flags.short else 7):
     found['digests'].append(timed(lambda: jax.block_until_ready([of for *_, of in digests(state).values()]))[0])
     begun = time.perf_counter()
     found['stall'].append(timed(lambda: checkpoints.save(step, state, meta))[0])
@@ -79,11 +76,11 @@ def main() -> None:
   print(f'restore, with checksums and digests: {m["restore"]:.2f} s')
   shutil.rmtree(flags.workdir)
   run = flags.workdir / 'run'
-  words = [sys.executable, '-m', 'jaxlm', 'train', '--config=configs/quickstart.py', f'--workdir={run}', '--config.log_every=1']
-  for steps in (5, 6, 7, 8):
-    out = subprocess.run([*words, f'--config.steps={steps}', '--config.optimizer.schedule=constant'], cwd=ROOT, check=True, capture_output=True,
-                         text=True).stdout
-    print(next(line for line in out.splitlines() if line.startswith('first step after')), '(cold)' if steps == 5 else '(restart)', flush=True)
+  words = ['train', '--config=configs/quickstart.py', f'--workdir={run}', '--config.log_every=1', *(SHORT if flags.short else ())]
+  for start, steps in enumerate((1,) if flags.short else (5, 6, 7, 8)):
+    out = measured(flags, *words, f'--config.steps={steps}', '--config.optimizer.schedule=constant').out
+    first = next(line for line in out.splitlines() if line.startswith('first step after'))
+    print(first, '(restart)' if start else '(cold)', flush=True)
   print(json.dumps(m))
 
 
