@@ -108,7 +108,8 @@ class Checkpoints:
     if not read_only:
       self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=ocp.options.AsyncOptions(
           post_finalization_callback=self._finish_files, timeout_secs=options.timeout),
-          checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False))  # which it would write after the seal
+          checkpoint_metadata_store=ocp.metadata.metadata_store(enable_write=False),  # which it would write after the seal
+          temporary_path_class=_renamed(ocp))
       hosts.lead_first('checkpoints', self._tidy)
     listed = hosts.lead_first('steps', lambda: self._list() if hosts.lead() else [])
     self.found = json.loads(hosts.everyone('steps', json.dumps(listed))[0])
@@ -334,6 +335,14 @@ class Checkpoints:
       shutil.move(self._folder / str(step), target)
       self._say(f'checkpoint {step} was moved to {target}')
     self._note_newest()
+
+
+def _renamed(ocp):
+  """How a step becomes visible: by a rename, and no more. Orbax's own class writes a file first, after the seal, which nothing reads."""
+  class Renamed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    async def finalize(self):
+      self.get().rename(self.get_final())
+  return Renamed
 
 
 def _bad(step: int, reason: str) -> seal.Damaged:

@@ -13,6 +13,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import re
 
 import xxhash
 
@@ -21,7 +22,8 @@ from jaxlm.errors import CheckpointError
 
 FORMAT = 1
 NAME = 'seal.json'
-MARKER = 'commit_success.txt'  # Orbax's own, written after the seal
+MARKER = 'commit_success.txt'  # Orbax's own, which steps of earlier versions have besides what is sealed
+_MARKED = rb'Checkpoint commit was successful to [^\n]*/%d'
 LIMIT = 2 ** 28  # bytes of a JSON file of a checkpoint
 _PIECE = 2 ** 22
 _THREADS = 8
@@ -64,6 +66,8 @@ def check(folder: pathlib.Path, record: dict, share: int = 0, of: int = 1) -> No
   """Damaged if the files of a step's folder are not those of its seal. share, of: of several processes each reads its share of
   the bytes."""
   files, there = record['files'], set(_names(folder))
+  if MARKER in there - set(files) and re.fullmatch(_MARKED % record['step'], _start(folder / MARKER)):
+    there.remove(MARKER)
   for what, names in (('is missing', set(files) - there), ('is not of this step', there - set(files))):
     if names:
       raise Damaged(f'{min(names)} {what}')
@@ -92,7 +96,7 @@ def read_json(folder: pathlib.Path, name: str):
 
 
 def _names(folder: pathlib.Path) -> list[str]:
-  """Of all files in a folder but seal and marker, relative to it. Damaged by what is no file."""
+  """Of all files in a folder but the seal, relative to it. Damaged by what is no file."""
   found = []
 
   def fail(e):
@@ -103,7 +107,13 @@ def _names(folder: pathlib.Path) -> list[str]:
       if path.is_symlink() or not (path.is_dir() or path.is_file()):
         raise Damaged(f'{path.relative_to(folder)} is a link, or no file')
     found += [str(pathlib.Path(here, name).relative_to(folder)) for name in files]
-  return sorted(set(found) - {NAME, MARKER})
+  return sorted(set(found) - {NAME})
+
+
+def _start(path: pathlib.Path) -> bytes:
+  """The first bytes of a file, as many as a path can have, and more than a marker's."""
+  with open(path, 'rb') as file:
+    return file.read(2 ** 13)
 
 
 def _checksum(path: pathlib.Path, sync: bool = False) -> tuple[int, str]:

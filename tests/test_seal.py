@@ -31,7 +31,7 @@ def copy(run, tmp_path):
 
 
 def files_of(step):
-  return sorted(path for path in step.rglob('*') if path.is_file() and path.name != seal.MARKER)
+  return sorted(path for path in step.rglob('*') if path.is_file())
 
 
 def good(workdir, step):
@@ -52,6 +52,45 @@ def kind_of(path, step):
                if mark in name), path.name)
 
 
+def flipped(path, place, bit):
+  with open(path, 'r+b') as file:
+    file.seek(place)
+    byte = file.read(1)
+    file.seek(place)
+    file.write(bytes([byte[0] ^ bit]))
+
+
+def test_a_flipped_bit_of_whatever_file_and_a_file_too_many_are_named_by_verify(copy):
+  """There is no file that is not sealed. Orbax would leave one of its own."""
+  folder, said = copy / 'checkpoints' / '12', []
+  bad = lambda: [f['reason'] for f in verify.run(copy, arrays=False, say=said.append) if not f['good']]
+  files = files_of(folder)
+  assert len(files) > 8 and bad() == []
+  for path in files:
+    place, bit = path.stat().st_size // 2, 4
+    flipped(path, place, bit)
+    (reason,), name = bad(), str(path.relative_to(folder))
+    assert reason.startswith(f'checkpoint 12 is bad: {name} is damaged'), reason
+    flipped(path, place, bit)
+  for inner in {folder, *(path.parent for path in files)}:
+    for name in ('more', seal.MARKER + '2', '.hidden', seal.MARKER if inner == folder else seal.NAME):
+      (inner / name).write_text('x')
+      assert bad() == [f'checkpoint 12 is bad: {(inner / name).relative_to(folder)} is not of this step']
+      (inner / name).unlink()
+  assert bad() == []
+
+
+def test_what_orbax_wrote_into_steps_of_earlier_versions_is_known_by_what_it_says(copy):
+  folder, record = copy / 'checkpoints' / '12', seal.read(copy / 'checkpoints' / '12', 12)
+  text = f'Checkpoint commit was successful to {copy}/moved since/checkpoints/12'
+  (folder / seal.MARKER).write_text(text)
+  seal.check(folder, record)
+  for other in (text[1:], text + '0', text.replace('/12', '/1'), text + '\n', ''):
+    (folder / seal.MARKER).write_text(other)
+    with pytest.raises(seal.Damaged, match=f'{seal.MARKER} is not of this step'):
+      seal.check(folder, record)
+
+
 def test_each_flipped_bit_is_seen(copy):
   """A thousand, over every class of file, the seal too."""
   folder, rng, trials, seen = copy / 'checkpoints' / '12', random.Random(0), 0, {}
@@ -64,19 +103,13 @@ def test_each_flipped_bit_is_seen(copy):
   for kind, paths in by_kind.items():
     for _ in range(each):
       path = rng.choice([p for p in paths if p.stat().st_size])
-      with open(path, 'r+b') as file:
-        place, bit = rng.randrange(path.stat().st_size), 1 << rng.randrange(8)
-        file.seek(place)
-        byte = file.read(1)
-        file.seek(place)
-        file.write(bytes([byte[0] ^ bit]))
-        file.flush()
-        try:
-          seal.check(folder, record if kind != 'seal' else seal.read(folder, 12))
-        except seal.Damaged:
-          seen[kind] = seen.get(kind, 0) + 1
-        file.seek(place)
-        file.write(byte)
+      place, bit = rng.randrange(path.stat().st_size), 1 << rng.randrange(8)
+      flipped(path, place, bit)
+      try:
+        seal.check(folder, record if kind != 'seal' else seal.read(folder, 12))
+      except seal.Damaged:
+        seen[kind] = seen.get(kind, 0) + 1
+      flipped(path, place, bit)
       trials += 1
   assert seen == {kind: each for kind in by_kind}, 'silent flips'
   seal.check(folder, seal.read(folder, 12))  # all are mended again
