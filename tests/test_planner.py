@@ -88,6 +88,12 @@ def test_activations_in_closed_form():
   assert gib(planned({'fsdp': 8}, model__remat='full', microbatches=2)) == gib(full) / 2
 
 
+def test_rows_of_experts_are_those_that_there_is_room_for():
+  """Over 4 devices of 2 experts each, both of a token's choices may come from all; with room for 1.5 × the mean, 3 come."""
+  rows = lambda room: memory.expert_rows(planned({'fsdp': 2, 'expert': 4}, model__moe__E=8, model__moe__F=256, model__moe__room=room).job)
+  assert (rows(0.), rows(1.5), rows(100.)) == (8, 3, 8)
+
+
 def test_bytes_of_an_axis_in_closed_form():
   """Weights twice in bfloat16 and their gradient once in float32; the embedding once each way; of data an all-reduce."""
   layers = 4 * (2 * 512 * 64 * 12 + 3 * 512 * 1024)

@@ -43,7 +43,7 @@ class Hbm:
     return self.arguments + self.temporaries
 
 
-def widths(m: ModelConfig, feed: str, rows: int = 0) -> dict[str, float]:
+def widths(m: ModelConfig, feed: str, rows: float = 0) -> dict[str, float]:
   """Numbers a token of each of tensors.TENSORS that a layer with this feed makes. rows: of experts a token, top_k if 0."""
   rows = rows or m.moe.top_k
   K, F = m.mla.v or m.K, m.F if feed == 'mlp' else rows * m.moe.F + m.moe.shared
@@ -54,10 +54,14 @@ def widths(m: ModelConfig, feed: str, rows: int = 0) -> dict[str, float]:
   return {name: size for name, size in every.items() if name in there}
 
 
-def expert_rows(j: Job) -> int:
-  """Of experts, that a device has room for and works on, a token: how many come, only the router knows, so that it is the most that can."""
+def expert_rows(j: Job) -> float:
+  """Rows of experts that a device has room for and works on, a token. How many come, only the router knows: moe.room times the mean, or
+  the most that can."""
   moe, experts = j.config.model.moe, j.mesh['expert']
-  return experts * min(moe.top_k, moe.E // experts) if experts > 1 and moe.dispatch == 'dropless' else moe.top_k
+  if experts == 1 or moe.dispatch != 'dropless':
+    return moe.top_k
+  most = experts * min(moe.top_k, moe.E // experts)
+  return min(most, moe.room * moe.top_k) if moe.room else most
 
 
 def _device_has(j: Job, size: float) -> float:
