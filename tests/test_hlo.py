@@ -97,3 +97,5 @@ def test_what_is_waited_for_is_what_the_schedule_leaves(monkeypatch):
   assert seconds['fusions'] == 0.25 and seconds['waits'] == pytest.approx(0.75 + 2 * 4 * 516 / 2 ** 16)
   sent = {s.kind: (s.bytes, s.hidden) for s in costed.sent(job, compiled)}
   assert sent == {'all-gather': (2 ** 16, pytest.approx(0.25)), 'all-reduce': (4 * 516, 0.)}
+  chip.hertz = 0.  # nothing is known of time: what is asynchronous counts as hidden
+  assert costed.seconds(job, compiled) is None and {s.hidden for s in costed.sent(job, compiled)} == {1.}

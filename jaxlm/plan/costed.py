@@ -41,7 +41,10 @@ def _schedule(j: Job, ops: list[hlo.Op]) -> tuple[float, list[tuple[hlo.Op, floa
   """(seconds that a device waits for collectives, (collective, share of it that is hidden) for each): the compiled schedule, played
   with the compiler's cycles and with links that serve one collective after another. The body of a loop is played once and counts as
   often as it runs; a collective that ends in the next turn of its loop counts as hidden."""
-  chip, kernels = j.pod.chip, _kernels(j, ops)
+  chip = j.pod.chip
+  if not chip.hertz:
+    return 0., [(op, float(op.is_async)) for op in hlo.collectives(ops) if op.bytes]
+  kernels = _kernels(j, ops)
   rate = chip.link * max(chip.links, 1) / chip.devices
   needs = {op.name: op.bytes * (2 if op.kind == 'all-reduce' else 1) / rate for op in hlo.collectives(ops)}
   now = free = waits = 0.
@@ -54,7 +57,7 @@ def _schedule(j: Job, ops: list[hlo.Op]) -> tuple[float, list[tuple[hlo.Op, floa
       waited[ended] = max(0., ends.pop(ended) - now)
       waits += op.times * waited[ended]
       now += waited[ended]
-    now += (op.cycles / chip.hertz if chip.hertz else 0.) + kernels.get(op.name, 0.) / op.times
+    now += op.cycles / chip.hertz + kernels.get(op.name, 0.) / op.times
   return waits, [(op, 1 - min(1., waited.get(op.name, 0.) / needs[op.name])) for op in hlo.collectives(ops) if op.bytes]
 
 
