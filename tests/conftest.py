@@ -27,7 +27,7 @@ os.chdir(ROOT)
 
 
 # The files that take longest, which begin first, so that at the end no process is left alone with one of them.
-LONG = ('test_readme', 'test_meshes', 'test_families', 'test_answers', 'test_remat', 'test_end_to_end', 'test_kinds', 'test_pods',
+LONG = ('test_readme', 'test_meshes', 'test_benchmarks', 'test_families', 'test_answers', 'test_remat', 'test_end_to_end', 'test_kinds', 'test_pods',
         'test_mixture', 'test_classics', 'test_hosts')
 
 
