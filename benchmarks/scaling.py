@@ -14,7 +14,7 @@ import matplotlib
 from running import TINY_POD, TINY_STEP, kept, parse as flags_of, parser
 
 from jaxlm import config as configs
-from jaxlm.plan import command, compile as compiling, search
+from jaxlm.plan import command, compile as compiling, legend, search
 from jaxlm.plan.topology import parse
 
 PODS = (('v5p:4x4x4', 1), ('v5p:4x4x8', 1), ('v5p:4x8x8', 1), ('v5p:8x8x8', 1), ('v5p:8x8x16', 1), ('v5p:8x16x16', 1), ('v5p:16x16x16', 1),
@@ -26,12 +26,13 @@ SHORT = ((TINY_POD, 1),)
 HEAD = """# 70B from 64 to 8,192 chips
 
 Made by `make scaling` (benchmarks/scaling.py): Llama-3-70B on v5p, rows of 8,192 tokens; 8,192 chips are two slices of
-16 × 16 × 16. Weak: a row a chip; strong: 1,024 rows in all. MFU is predicted, and where a second number stands, costed by
-the TPU compiler from the compiled step (jaxlm/plan/costed.py), with the peak of HBM that it wants, of 95 GiB.
+16 × 16 × 16. Weak: a row a chip; strong: 1,024 rows in all. Times and MFU are predicted, with the planner's error bar
+([planner.md](planner.md)); where an MFU is compiled, it is costed by the TPU compiler from the compiled step (jaxlm/plan/costed.py),
+with the peak of HBM that it wants, of 95 GiB.
 
 ![MFU over chips](scaling.png)
 
-| chips | scaling | mesh and remat | step, s | MFU predicted | MFU compiled | peak GiB predicted | compiled | bound by | waits for |
+| chips | scaling | mesh and remat | step predicted | MFU predicted | MFU compiled | peak GiB predicted | compiled | bound by | waits for |
 |---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -72,7 +73,8 @@ def main() -> None:
       drawn.setdefault(kind, []).append((p.job.pod.chips, e['predicted_mfu'], compiled and compiled['mfu']))
       waits = ', '.join(f'{axis} {s:.2f} s' for axis, s in e['seconds']['exposed'].items() if s > .01 * e['predicted_step_seconds'])
       stated = ' '.join(f'{key.removeprefix("mesh.").removeprefix("model.")}={value}' for key, value in e['config'].items())
-      lines.append(f'| {p.job.pod.chips:,} | {kind} | {stated} | {e["predicted_step_seconds"]:.2f} | {e["predicted_mfu"]:.1%} | '
+      lines.append(f'| {p.job.pod.chips:,} | {kind} | {stated} | {legend.predicted_seconds(e["predicted_step_seconds"])} | '
+                   f'{legend.predicted_mfu(e["predicted_mfu"])} | '
                    + (f'{compiled["mfu"]:.1%}' if compiled else '') + f' | {e["predicted_hbm_gib"]["peak"]:.1f} | '
                    + (f'{e["hbm_gib"]["peak"]:.1f}' if compiled else '') + f' | {e["bound_by"]} | {waits} |')
       print(lines[-1], flush=True)

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jaxlm import cli, config as configs, layout
 from jaxlm.errors import UsageError
 from jaxlm.optimizer import make_optimizer
-from jaxlm.plan import command, compile as compiling, cost, memory, published, roofline, search, topology, traffic
+from jaxlm.plan import command, compile as compiling, cost, legend, memory, published, roofline, search, show, topology, traffic
 from jaxlm.plan.job import job
 from jaxlm.step import abstract_state
 from jaxlm.validate import check_mesh
@@ -105,6 +105,70 @@ def test_bytes_of_an_axis_in_closed_form():
   assert found['tensor'] == found['expert'] == found['stage'] == found['context'] == 0
 
 
+CUBE = topology.parse('v5p:4x4x4')
+
+
+@pytest.mark.parametrize('sizes, pod, whole', [
+    ({'fsdp': 64}, 'v5p:4x4x4', True), ({'fsdp': 16, 'expert': 4}, 'v4:4x4x4', True), ({'fsdp': 128}, 'tpu7x:4x4x4', True),
+    ({'data': 2, 'fsdp': 32}, 'v5p:4x4x4', False), ({'fsdp': 32, 'tensor': 2}, 'v5p:4x4x4', False), ({'fsdp': 64}, 'tpu7x:2x4x4', False),
+    ({'fsdp': 64}, 'v6e:8x8', False), ({'fsdp': 256}, 'v5e:16x16', False), ({'fsdp': 64}, 'h100:8x8', False)])
+def test_weights_are_added_up_over_all_three_rings_of_a_slice(sizes, pod, whole):
+  moe = {'model__moe__E': 8, 'model__moe__F': 256} if 'expert' in sizes else {}
+  j = planned(sizes, topology.parse(pod), batch=256, **moe).job
+  assert traffic.summed(j, ('fsdp', 'stage', 'expert')) == whole
+  assert (traffic.zeros(j) > 0) == whole == any(traffic.sums(j).values())
+
+
+def test_slices_are_added_up_apart():
+  j = planned({'data': 2, 'fsdp': 64}, topology.parse('v5p:4x4x4', 2), batch=128).job
+  assert traffic.summed(j, ('fsdp',))
+  assert not traffic.summed(planned({'fsdp': 64}, CUBE).job, ())  # of what is cut by nothing there is nothing to gather
+
+
+def test_what_sums_cost_in_closed_form():
+  """An all-reduce brings twice what a gather or a scatter does; zeros are written for every gather, forward and backward. Sums wait no
+  longer than gathers, but on v4, where nothing runs beside them."""
+  layers, table = 4 * (2 * 512 * 64 * 12 + 3 * 512 * 1024), 2048 * 512
+  for pod, scatters in (('v5p:4x4x4', 4), ('v4:4x4x4', 4), ('tpu7x:4x4x4', 0)):
+    pod = topology.parse(pod)
+    n = pod.devices
+    j = planned({'fsdp': n}, pod, batch=n).job
+    gathers = (1 - 1 / n) * (layers * (2 * 2 + 4) + table * (2 + 4))
+    more = (1 - 1 / n) * (layers * (2 * 2 + scatters) + table * (2 + scatters))
+    assert traffic.sums(j)['fsdp'] == pytest.approx(more, rel=.01)
+    assert traffic.received(j)['fsdp'] == pytest.approx(gathers + more, rel=.01)
+    assert traffic.zeros(j) == pytest.approx(layers * 2 * 2 + table * 2, rel=.01)
+    waits = roofline.step(j, roofline.Reached(1e-3, 1., 1., .5, 1.)).exposed['fsdp']  # products that outlast all collectives
+    assert waits == pytest.approx(.5 * (gathers + (more if pod.kind == 'v4' else 0)) / traffic.speeds(j)['fsdp'], rel=.01)
+    work = lambda j: roofline.elementwise(j, 1.)
+    assert work(j) - work(planned({'data': 2, 'fsdp': n // 2}, pod, batch=n).job) == pytest.approx(10 * traffic.zeros(j), rel=.05)
+
+
+def test_no_more_is_hidden_than_there_is_work():
+  """Bytes that come beside other work wait once they outlast it."""
+  j = planned({'fsdp': 64}, CUBE, length=8, batch=64).job
+  chip = dataclasses.replace(CUBE.chip, link=1e6)
+  j = dataclasses.replace(j, pod=dataclasses.replace(CUBE, chip=chip))
+  step = roofline.step(j)
+  assert step.seconds == pytest.approx(traffic.received(j)['fsdp'] / traffic.speeds(j)['fsdp'])
+
+
+# Fusions + kernels + waits of steps compiled with libtpu 0.0.52 as docs/pods.md does (Llama-3-8B, v5p:4x4x8, batch 128, full remat).
+COMPILED_8B = {'fsdp': {'mesh.fsdp': 128}, 'data': {'mesh.data': 4, 'mesh.fsdp': 32}}
+SECONDS_8B = {'fsdp': 1.603, 'data': 1.497}
+
+
+def test_meshes_of_fsdp_alone_are_seen_to_be_slower():
+  """As the compiler has it, by its margin of 0.1 s; and within the error bar of what it counts."""
+  pod = topology.parse('v5p:4x4x8')
+  predicted = {}
+  for name, changes in COMPILED_8B.items():
+    config = configs.load('configs/llama3.py:8b', [(k, str(v)) for k, v in {**changes, 'batch': 128, 'loss.over': 'vocabulary'}.items()])
+    predicted[name] = search.plan(config, dataclasses.asdict(config.mesh), pod).step.seconds
+  assert predicted['fsdp'] > predicted['data']
+  assert predicted['fsdp'] == pytest.approx(SECONDS_8B['fsdp'], rel=roofline.ERROR)
+
+
 def test_a_perfect_chip_takes_the_time_of_its_operations():
   p = planned({'fsdp': 8}, model__K=128, loss__over='length')
   chip = dataclasses.replace(p.job.pod.chip, bandwidth=math.inf)
@@ -160,9 +224,38 @@ def test_constants_are_those_of_the_fit(platform):
 
 
 def test_rows_that_nothing_was_fitted_on():
-  """docs/planner.md has the table; what is beyond 15% is named here, so that a new one is seen."""
-  beyond = {r['name']: round(r['ratio'], 2) for r in published.results() if not r['fitted'] and not .85 <= r['ratio'] <= 1.15}
-  assert set(beyond) <= {'Fuji-70B, 4 × v6e:16x16'}
+  """docs/planner.md has the table; what is beyond the error bar is named here, so that a new one is seen. The bar is that of the rows."""
+  results = published.results()
+  beyond = {r['name']: round(r['ratio'], 2) for r in results if not r['fitted'] and abs(r['ratio'] - 1) > roofline.ERROR}
+  assert not beyond
+  assert (roofline.ERROR, roofline.WITHIN) == published.error(results)
+
+
+def test_the_error_bar_is_the_least_that_holds_nine_of_ten():
+  rows = lambda off: [{'fitted': False, 'ratio': 1 + e} for e in off] + [{'fitted': True, 'ratio': 9.}]
+  assert published.error(rows([.01] * 9 + [.6])) == (.05, (9, 10))
+  assert published.error(rows([-.01] * 8 + [-.12, .6])) == (.15, (9, 10))
+  assert published.error(rows([.28] * 10)) == (.3, (10, 10))
+  with pytest.raises(ValueError, match='a tenth of 4 steps'):
+    published.error(rows([0., 0., 0., 1.5]))
+
+
+def test_predictions_are_written_with_their_error_bar():
+  assert legend.predicted_seconds(2.) == '2.00 s ± 15%' and legend.predicted_seconds(131.474) == '131 s ± 15%'
+  assert legend.predicted_seconds(.01234) == '0.0123 s ± 15%' and legend.seconds(1234.5) == '1,234 s'
+  assert legend.predicted_mfu(.46) == '46.0% (40–54%)'  # of a step 15% longer, and 15% shorter
+  assert legend.seconds_range(2.) == pytest.approx((1.7, 2.3)) and legend.mfu_range(.46) == pytest.approx((.46 / 1.15, .46 / .85))
+
+
+def test_every_word_of_the_tables_has_a_line():
+  """The classes of memory and all times there can be; docs/planner.md has the lines."""
+  assert set(legend.MEMORY) == {f.name for f in dataclasses.fields(memory.Hbm)} | {'peak'}
+  step = roofline.Step(1., 1., 1., dict.fromkeys([*layout.AXES, 'host'], 1.), 1.)
+  assert {name for name, _ in show._times(step)} == set(legend.TIME)  # pylint: disable=protected-access
+  with open('docs/planner.md', encoding='utf-8') as file:
+    written = file.read()
+  for name, meaning in {**legend.MEMORY, **legend.TIME, **legend.NUMBERS}.items():
+    assert f'| {name} | {meaning} |' in written, f'{name}: run make planner'
 
 
 PYPROJECT = tomllib.loads(pathlib.Path('pyproject.toml').read_text(encoding='utf-8'))['tool']['setuptools']
@@ -209,7 +302,41 @@ def test_the_command_and_its_json(tmp_path, capsys):
   steps = [c['predicted_step_seconds'] for c in result['candidates']]
   assert steps == sorted(steps) and len(steps) == 3
   assert result['flops_per_step'] / result['predicted_step_seconds'] / (128 * 459e12) == pytest.approx(result['predicted_mfu'])
-  assert 'mesh.tensor=16 does not divide it' in capsys.readouterr().out.replace('\n', ' ')
+  for key, inverse in (('step_seconds', False), ('mfu', True)):
+    value, (low, high) = result[f'predicted_{key}'], result[f'predicted_{key}_range']
+    assert result[key] == value and result['times_are'] == 'predicted' and result['error_bar'] == .15
+    assert (value / high, value / low) == pytest.approx((.85, 1.15)) if inverse else (low / value, high / value) == pytest.approx((.85, 1.15))
+  out = capsys.readouterr().out
+  assert 'mesh.tensor=16 does not divide it' in out.replace('\n', ' ')
+  best = f'{legend.predicted_seconds(result["step_seconds"])} a step, MFU {legend.predicted_mfu(result["mfu"])}'
+  assert f'the best: predicted {best}; --verify' in out and 'compiled ' not in out
+  for words in (legend.MEMORY, {'step': legend.TIME['step']}, {'MFU': legend.NUMBERS['MFU'], 'predicted': legend.NUMBERS['predicted']}):
+    assert all(out.count(meaning) == 1 for meaning in words.values())
+
+
+def test_a_clouds_name_is_said_as_it_was_understood(tmp_path, capsys):
+  out = tmp_path / 'plan.json'
+  cli.run(['plan', '--config=configs/quickstart.py', '--topology=v5p-8', f'--json={out}', '--config.mesh.fsdp=4'])
+  result = json.loads(out.read_text())
+  assert (result['topology'], result['pod'], result['chips']) == ('v5p-8', 'v5p:2x2x1', 4)
+  assert capsys.readouterr().out.startswith('v5p-8 = 4 chips (v5p-N counts TensorCores, 2 a chip), v5p:2x2x1\n')
+
+
+def test_compiled_numbers_are_the_headline(capsys):
+  """Of a step of 2 s that was predicted to take p: both are said, and which is which; a run's days are the compiled step's."""
+  p = planned({'fsdp': 8})
+  program = 'ENTRY %main () -> f32[] {\n  ROOT %f = f32[] fusion(), kind=kLoop, calls=%g, backend_config={"estimated_cycles":"3000000000"}\n}\n'
+  compiled = compiling.Compiled(p.job.mesh, 1., 2., 3., 4., program, compiling.hlo.read(program))
+  e = command.entry(p, compiled)
+  attention = roofline.step(p.job).attention
+  assert e['step_seconds'] == e['compiled']['step_seconds'] == pytest.approx(3e9 / 1.5e9 + attention) and e['times_are'] == 'compiled'
+  assert e['predicted_step_seconds'] == p.step.seconds and e['mfu'] == e['compiled']['mfu'] != e['predicted_mfu'] == p.mfu
+  assert e['compiled']['days'] / e['days'] == pytest.approx(e['step_seconds'] / p.step.seconds)
+  show.candidates([p], [e])
+  out = capsys.readouterr().out
+  assert (f'the best: compiled {legend.seconds(e["step_seconds"])} a step, MFU {e["mfu"]:.1%} '
+          f'(predicted {legend.predicted_seconds(p.step.seconds)} a step, MFU {legend.predicted_mfu(p.mfu)})') in out
+  assert legend.NUMBERS['compiled'] in out and legend.NUMBERS['predicted'] in out
 
 
 @pytest.mark.parametrize('argv, message', [

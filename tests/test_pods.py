@@ -3,11 +3,15 @@ import functools
 import json
 import re
 
+import jax
 import pytest
 
-from jaxlm import cli, config as configs
+from jaxlm import cli, config as configs, layout
 from jaxlm.errors import UsageError
-from jaxlm.plan import compile as compiling, hlo
+from jaxlm.plan import compile as compiling, hlo, traffic
+from jaxlm.plan.job import job
+from jaxlm.plan.topology import parse
+from jaxlm.schema import MeshConfig
 from tests import campaigns
 
 SMALL = {'model.D': 256, 'model.H': 4, 'model.G': 2, 'model.K': 128, 'model.F': 512, 'model.N': 4, 'model.V': 1024,
@@ -106,6 +110,19 @@ def test_int8_projections_are_multiplied_and_gathered_as_int8():
 def test_stages_hand_on_to_their_neighbours():
   c = compiled({'mesh.fsdp': 4, 'mesh.stage': 2, 'batch': 16, 'model.pipeline.rounds': 2})
   assert any(op.kind == 'collective-permute' and op.times > 1 for op in hlo.collectives(c.ops))
+
+
+@pytest.mark.parametrize('pod, sizes', [('v5p:4x4x4', {'fsdp': 64}), ('v5p:4x4x4', {'data': 2, 'fsdp': 32}), ('v6e:8x8', {'fsdp': 64})], ids=str)
+def test_only_over_all_three_rings_of_a_slice_are_wholes_added_up(pod, sizes):
+  """What traffic.summed says of a weight that is gathered over mesh.fsdp, asked of the compiler."""
+  mesh = layout.make_mesh(MeshConfig(**sizes), compiling.devices(parse(pod)))
+  product = lambda x_BD, w_DF: x_BD @ jax.sharding.reshard(w_DF, jax.P(None, None))
+  of = lambda spec: jax.ShapeDtypeStruct((4096, 4096), 'bfloat16', sharding=jax.sharding.NamedSharding(mesh, spec))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    lowered = jax.jit(product).trace(of(jax.P(('data', 'fsdp'))), of(jax.P('fsdp'))).lower(lowering_platforms=('tpu',))
+  kinds = {op.kind for op in hlo.collectives(compiling.of(lowered, mesh).ops)}
+  j = job(configs.from_flat({**SMALL, 'batch': 64}), {**dict.fromkeys(layout.AXES, 1), **sizes}, parse(pod))
+  assert kinds == {'all-reduce' if traffic.summed(j, ('fsdp',)) else 'all-gather'}
 
 
 def test_a_topology_that_does_not_exist_is_refused():

@@ -9,14 +9,51 @@ import math
 from jaxlm import layout, tensors
 from jaxlm.plan.job import ITEM, Job
 
-LANES = 128
 _INSIDE = 1e12  # bytes/s between the devices of one chip
+_SYNCHRONOUS = 'v4'  # the kind whose all-reduces nothing runs beside: it has no SparseCores that could carry them (jaxlm/xla.py)
 
 
 def received(j: Job) -> dict[str, float]:
   """Axis → bytes a device and step."""
+  out = _total(_weights(j), _activations(j))
+  for axis, size in sums(j).items():
+    out[axis] += size
+  return out
+
+
+def summed(j: Job, axes: tuple[str, ...]) -> bool:
+  """Whether the TPU compiler adds wholes up where weights are gathered over these axes of the mesh, and gradients scattered.
+
+  It has no all-gather over all the chips of a slice that is three rings at once (v4, v5p and TPU7x in whole cubes). In its place a device
+  writes its piece into a whole of zeros, and an all-reduce adds the wholes of all devices: twice the bytes of a gather, and zeros
+  to write. It gathers over any smaller group, and over a whole slice that is a plane or less than a cube, however narrow the pieces
+  are; only small arrays are added up there too (of 8 MB over v6e:16x16, not of 33), which is not counted. Seen in programs of libtpu
+  0.0.42 and 0.0.52, with pieces of 16 to 512 columns.
+  """
+  return not j.pod.is_gpu and len(j.pod.shape) == 3 and j.pod.ring(0) and j.cut(axes) * j.pod.slices == j.pod.devices
+
+
+def sums(j: Job) -> dict[str, float]:
+  """Axis → bytes a device and step more than gathers and scatters would bring, where wholes are added up in their place. TPU7x scatters
+  gradients all the same."""
+  scatters = 0 if j.pod.kind == 'tpu7x' else 1
+  return _total((axis, j.config.microbatches * size * (reads + scatters))
+                for a, used, reads in _uses(j) if summed(j, a.gathered) for axis, size in _over(j, a.gathered, used))
+
+
+def beside(j: Job) -> dict[str, float]:
+  """Those bytes of `sums` that come beside other work, and are waited for only where they outlast it."""
+  return {} if j.pod.kind == _SYNCHRONOUS else sums(j)
+
+
+def zeros(j: Job) -> float:
+  """Bytes of zeros that a device writes in a step, for wholes to be added up."""
+  return sum(j.config.microbatches * used * reads for a, used, reads in _uses(j) if summed(j, a.gathered))
+
+
+def _total(*parts) -> dict[str, float]:
   out = dict.fromkeys(layout.AXES, 0.)
-  for axis, size in itertools.chain(_weights(j), _activations(j)):
+  for axis, size in itertools.chain(*parts):
     out[axis] += size
   return out
 
@@ -28,20 +65,23 @@ def _over(j: Job, axes, whole: float):
     whole /= j.mesh[axis]
 
 
-def _weights(j: Job):
-  """Weights, gathered in the dtype of compute forward and backward; their gradients, scattered in float32, then summed over data."""
-  m, count = j.config.model, j.config.microbatches
-  again = 3 if j.pod.is_gpu and m.remat != 'none' else 2  # XLA's GPU compiler gathers once more to recompute; the TPU's has it then
+def _uses(j: Job):
+  """Of each kind of weights: its arrays, float32 bytes of what a device gathers of them, and how many such a microbatch reads: forward and
+  backward, in the dtype of compute. XLA's GPU compiler gathers once more to recompute; the TPU's has them then."""
+  m = j.config.model
+  again = 3 if j.pod.is_gpu and m.remat != 'none' else 2
   for a in j.arrays:
-    if a.of != 'params':
-      continue
-    used = a.bytes / j.cut(a.kept)  # of the gathered ones, float32
-    narrow = 1 if m.matmul != 'full' and a.where == 'layers' else ITEM[m.dtype]
-    times = {'layers': again, 'unembed': 2}.get(a.where, 1)
-    # Pieces of less than a row of lanes the TPU's compiler does not gather: it adds up wholes that are 0 elsewhere.
-    times *= 2 if not j.pod.is_gpu and m.D // j.cut(a.gathered) < LANES else 1
+    if a.of == 'params':
+      narrow = 1 if m.matmul != 'full' and a.where == 'layers' else ITEM[m.dtype]
+      yield a, a.bytes / j.cut(a.kept), {'layers': again, 'unembed': 2}.get(a.where, 1) * narrow / 4
+
+
+def _weights(j: Job):
+  """Weights, gathered; their gradients, scattered in float32, then summed over data."""
+  count = j.config.microbatches
+  for a, used, reads in _uses(j):
     for axis, size in _over(j, a.gathered, used):
-      yield axis, count * size * (times * narrow / 4 + 1)
+      yield axis, count * size * (reads + 1)
     for axis in set(layout.axes('B') + ('context',)) - set(a.gathered) - set(a.kept):
       yield axis, count * 2 * used / j.cut(a.gathered) * (1 - 1 / j.mesh[axis])
 
