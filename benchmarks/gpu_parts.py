@@ -164,7 +164,7 @@ def train(flags: argparse.Namespace) -> Iterator[dict]:
     lowered = jax.jit(make_step(config, tx, schedule), donate_argnums=0).lower(
         layout.named(abstract_state(config, tx), mesh), abstract_batch(config, mesh))
     began = time.perf_counter()
-    step_fn = lowered.compile(xla.OPTIONS[jax.default_backend()])
+    step_fn = lowered.compile(xla.options(config.compiler_options, mesh))
     compiled = time.perf_counter() - began
     state = jax.jit(lambda key: init_state(config, tx, key))(jax.random.key(config.seed))
     seconds, losses = [], []
