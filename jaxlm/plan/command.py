@@ -105,7 +105,8 @@ def entry(p, compiled=None) -> dict:
     total = sum(parts.values()) if parts else None
     hbm = {'arguments': compiled.arguments, 'temporaries': compiled.temporaries, 'peak': compiled.peak, 'limit': p.limit}
     out |= {'hbm_gib': hbm, 'fits': compiled.peak <= p.limit, 'compile_seconds': compiled.seconds, 'verified': True, 'compiled': {
-        'seconds': parts, 'collectives': [dataclasses.asdict(s) for s in costed.sent(p.job, compiled)], 'step_seconds': total, 'mfu': total and cost.mfu(c, total, pod.chips, pod.chip.bf16),
+        'seconds': parts, 'collectives': [dataclasses.asdict(s) for s in costed.sent(p.job, compiled)],
+        'step_seconds': total, 'mfu': total and cost.mfu(c, total, pod.chips, pod.chip.bf16),
         'error_of_peak': p.hbm.peak / compiled.peak - 1, 'error_of_step': total and p.step.seconds / total - 1}}
     if total:
       out['compiled'] |= _run(c, total, pod.chips)

@@ -35,7 +35,7 @@ NUMBERS = {
     'MFU': 'model FLOPs utilisation: the share of the chips\' peak that the model\'s own arithmetic makes use of; what is computed '
            'again does not count',
     'predicted': f'counted from the config and the pod, with nothing compiled. Of {WITHIN[1]} steps that others measured, and that '
-                 f'nothing was fitted on, {WITHIN[0]} were predicted within {ERROR:.0%} (docs/planner.md)',
+                 f'nothing was fitted on, {WITHIN[0]} took what is predicted ± {ERROR:.0%} (docs/planner.md)',
     'compiled': 'from the program that the pod\'s own compiler made of this step: its memory, and the time that it counts for it, as '
                 'if nothing ever got in its way. Not held against measured steps, so that it has no error bar',
 }
