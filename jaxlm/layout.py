@@ -20,18 +20,21 @@ from jaxlm.errors import UsageError
 # From the axis whose devices may lie farthest apart to that whose devices must be neighbours.
 AXES = ('data', 'stage', 'fsdp', 'expert', 'context', 'tensor')
 _WIDE = {'H': 'tensor', 'G': 'tensor', 'F': 'tensor', 'V': ('tensor', 'stage'), 'E': 'expert'}
-WEIGHT = {'D': ('fsdp', 'stage', 'expert'), **_WIDE}
+_SHARED = ('fsdp', 'stage', 'expert')  # the axes whose devices share a weight that all of them use
+WEIGHT = {'D': _SHARED, 'R': _SHARED, **_WIDE}
 GATHERED = _WIDE  # a weight while it is in use
 ACT = {'B': ('data', 'fsdp', 'expert'), 'L': 'context', 'M': 'context', **_WIDE}
 RESIDUAL = {**ACT, 'L': ('context', 'tensor')}  # between the blocks of a layer
-YIELD = 'DB'  # letters that leave an axis to another letter of the same array: 'EDF' is cut over expert by E, not by D
+YIELD = 'DBR'  # letters that leave an axis to others of the same array, and to those before them here: E, not D, cuts 'EDF' over expert
 TABLES = {'weight': WEIGHT, 'act': ACT, 'gathered': GATHERED, 'residual': RESIDUAL}
 
 
 def spec(dims: str, kind: str = 'act') -> P:
   """'BLD' → P(('data', 'fsdp', 'expert'), 'context', None). ValueError if an axis would cut two dimensions."""
-  taken = {a for d in dims if d not in YIELD for a in axes(d, kind)}
-  cut = [tuple(a for a in axes(d, kind) if d not in YIELD or a not in taken) for d in dims]
+  def free(d):  # of the axes that cut d, those that no letter before which it yields has
+    first = [other for other in dims if other not in YIELD or other in YIELD[:YIELD.index(d)]] if d in YIELD else []
+    return tuple(a for a in axes(d, kind) if not any(a in axes(other, kind) for other in first))
+  cut = [free(d) for d in dims]
   if len(set(sum(cut, ()))) != len(sum(cut, ())):
     raise ValueError(f'{kind} {dims!r} would use a mesh axis twice: {cut}')
   return P(*(c if len(c) > 1 else c[0] if c else None for c in cut))

@@ -3,6 +3,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import operator
 import re
 
 from jaxlm.errors import UsageError
@@ -270,9 +271,11 @@ def filled(mesh: MeshConfig, devices: int) -> dict[str, int]:
 def check_weights(m: ModelConfig, sizes: dict) -> None:
   """What a mesh of these sizes must divide of a model, whatever it is used for. Raises UsageError."""
   cut = {'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor', 'stage'), 'D': ('fsdp', 'stage', 'expert')}
-  values = {letter: getattr(m, letter) for letter in cut} | ({'moe.F': m.moe.F, 'moe.shared': m.moe.shared} if m.moe.E else {})
-  for key, value in values.items():
-    axes = cut[key] if key in cut else cut['F']
+  cut |= {'moe.F': cut['F'], 'moe.shared': cut['F']} if m.moe.E else {}
+  cut |= {'mla.kv': cut['D'], 'mla.q': cut['D']} if m.mla.kv else {}
+  cut |= {'mla.rope': cut['D']} if m.mla.kv and m.bias in ('all', 'not_qkv') else {}  # of a bias of kv + rope
+  for key, axes in cut.items():
+    value = operator.attrgetter(key)(m)
     size = math.prod(sizes[a] for a in axes)
     if value % size:
       named = ' × '.join(f'mesh.{a}={sizes[a]}' for a in axes if sizes[a] > 1)

@@ -16,6 +16,8 @@ def test_specs_follow_from_letters():
   assert layout.spec('BLHK') == P(('data', 'fsdp', 'expert'), 'context', 'tensor', None)
   assert layout.spec('DHK', 'weight') == P(('fsdp', 'stage', 'expert'), 'tensor', None)
   assert layout.spec('EDF', 'weight') == P('expert', ('fsdp', 'stage'), 'tensor')
+  assert layout.spec('DR', 'weight') == P(('fsdp', 'stage', 'expert'), None)
+  assert layout.spec('RHK', 'weight') == P(('fsdp', 'stage', 'expert'), 'tensor', None)
   assert layout.spec('BLD', 'residual') == P(('data', 'fsdp', 'expert'), ('context', 'tensor'), None)
   assert layout.spec('DHK', 'gathered') == P(None, 'tensor', None)
 

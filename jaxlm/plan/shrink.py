@@ -95,10 +95,11 @@ def _model(m: ModelConfig, mesh: dict[str, int]) -> ModelConfig:
   G = _fit(m.G, tensor, SIZES['G'])
   rounds = _primes(m.pipeline.rounds)[0] if m.pipeline.rounds > 1 else 1
   pipeline = dataclasses.replace(m.pipeline, rounds=rounds, pieces=min(m.pipeline.pieces, 2 * mesh['stage']))
-  mla = dataclasses.replace(m.mla, kv=min(m.mla.kv, SIZES['rank']), q=min(m.mla.q, SIZES['rank']), v=min(m.mla.v, SIZES['K']),
+  shared = mesh['fsdp'] * mesh['stage'] * mesh['expert']
+  mla = dataclasses.replace(m.mla, kv=_fit(m.mla.kv, shared, SIZES['rank']), q=_fit(m.mla.q, shared, SIZES['rank']), v=min(m.mla.v, SIZES['K']),
                             rope=min(m.mla.rope, SIZES['rotated']))
   small = dataclasses.replace(
-      m, D=_fit(m.D, evenly(m.D, mesh['fsdp'] * mesh['stage'] * mesh['expert']), SIZES['D']),
+      m, D=_fit(m.D, evenly(m.D, shared), SIZES['D']),
       G=G, H=G * min(m.H // m.G, 4), K=_head_dim(m), F=_fit(m.F, evenly(m.F, tensor), SIZES['F']), encoder_N=min(m.encoder_N, 2),
       attention='auto' if m.attention == 'splash' else m.attention, pipeline=pipeline, mla=mla, moe=_moe(m, mesh),
       lora=dataclasses.replace(m.lora, rank=min(m.lora.rank, 4)))
