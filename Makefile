@@ -32,7 +32,7 @@ test: $(VENV)/installed-test
 # device, and does the same with quantised projections.
 parity: $(VENV)/installed-test
 	JAXLM_PARITY=1 $(BIN)/python -m pytest tests/test_families.py tests/test_classics.py tests/test_meshes.py \
-	  tests/test_quantised.py -k 'not table'
+	  tests/test_quantised.py tests/test_quantised_experts.py -k 'not table'
 
 # A step of GPT-2 beside transformers in torch. Scripts of benchmarks/ have a short mode that the tests run (benchmarks/running.py).
 bench: $(VENV)/installed-test

@@ -35,15 +35,16 @@ RUNS = {  # name: config, topology, slices, what differs
         **PIECES, 'batch': 64, 'mesh.data': 2, 'mesh.fsdp': 32, 'mesh.tensor': 8, 'model.offload': 'block_in'}),
     'Mixtral-8x7B, v5p:4x4x8, minimal remat, data 4 × fsdp 32': ('mixtral.py:8x7b', 'v5p:4x4x8', 1, {
         **PIECES, 'batch': 256, 'mesh.data': 4, 'mesh.fsdp': 32, 'model.remat': 'minimal', 'loss.chunks': 8}),
+    'Mixtral-8x7B, v5p:4x4x8, minimal remat, data 4 × fsdp 32, int8 projections and experts': ('mixtral.py:8x7b', 'v5p:4x4x8', 1, {
+        **PIECES, 'batch': 256, 'mesh.data': 4, 'mesh.fsdp': 32, 'model.remat': 'minimal', 'loss.chunks': 8, 'model.matmul': 'int8'}),
     'Mixtral-8x7B, v6e:16x16, data 4 × fsdp 64': ('mixtral.py:8x7b', 'v6e:16x16', 1, {
         **PIECES, 'batch': 1024, 'mesh.data': 4, 'mesh.fsdp': 64, 'loss.chunks': 8}),
     'Mixtral-8x7B, v6e:16x16, fsdp 32 × expert 8, room for 2 × the mean': ('mixtral.py:8x7b', 'v6e:16x16', 1, {
         **PIECES, 'batch': 1024, 'mesh.fsdp': 32, 'mesh.expert': 8, 'loss.chunks': 8, 'model.moe.room': 2}),
     'Qwen3-235B-A22B, v5p:8x8x16, fsdp 32 × expert 32, room for 1.5 × the mean': ('qwen3.py:235b-a22b', 'v5p:8x8x16', 1, {
         **PIECES, 'batch': 2048, 'mesh.fsdp': 32, 'mesh.expert': 32, 'loss.chunks': 16, 'model.moe.room': 1.5}),
-    'DeepSeek-V3 671B, v5p:8x16x16, data 2 × fsdp 2 × expert 64 × tensor 8, room for 1.5 × the mean': ('deepseek_v3.py', 'v5p:8x16x16', 1, {
-        **PIECES, 'batch': 4096, 'microbatches': 8, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.expert': 64, 'mesh.tensor': 8,
-        'loss.chunks': 16, 'model.moe.room': 1.5}),
+    'DeepSeek-V3 671B, v5p:8x16x16, data 4 × fsdp 8 × expert 64, room for 1.5 × the mean': ('deepseek_v3.py', 'v5p:8x16x16', 1, {
+        **PIECES, 'batch': 4096, 'mesh.data': 4, 'mesh.fsdp': 8, 'mesh.expert': 64, 'loss.chunks': 16, 'model.moe.room': 1.5}),
     '8B, rows of 1,048,576, v5p:8x8x8': ('llama3.py:8b', 'v5p:8x8x8', 1, {
         **PIECES, 'batch': 8, 'length': 2 ** 20, 'mesh.fsdp': 8, 'mesh.context': 64}),
     '8B, h100:16x8': ('llama3.py:8b', 'h100:16x8', 1, {**PIECES, 'batch': 128, 'mesh.fsdp': 128}),

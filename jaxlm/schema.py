@@ -147,7 +147,7 @@ class ModelConfig:
   dtype: str = 'float32'    # of compute: float32 | bfloat16; master weights are always float32
   reduce_dtype: str = 'float32'  # gradients of the layers' projections are summed over devices in it: float32 | bfloat16 (half the
                             # bytes); over microbatches and in the optimizer they are float32
-  matmul: str = 'full'      # of the layers' projections, forward and backward: full (dtype) | int8 | fp8 (models/quantised.py; Qwix)
+  matmul: str = 'full'      # of the layers' projections and experts, forward and backward: full (dtype) | int8 | fp8 (models/quantised.py; Qwix)
   attention: str = 'auto'   # auto | dot_product | blocked | plain | splash (TPU) | cudnn (GPU)
   remat: str = 'none'       # what the backward pass recomputes: none | dots (all but matrix products) | all of a layer but the
                             # tensors that it names (tensors.REMAT: full | attention | qkv | minimal), and of these also not

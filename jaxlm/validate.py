@@ -214,7 +214,8 @@ def _model(m, need) -> None:
   if m.matmul != 'full':
     need(importlib.util.find_spec('qwix'), 'model.matmul', "wants Qwix: pip install 'jaxlm[quant]', or set full")
     need(m.kind in ('decoder', 'encoder', 'seq2seq'), 'model.matmul', f'model.kind={m.kind} has no layers with projections: set full')
-    need(not m.moe.E, 'model.matmul', 'experts (model.moe) are not quantised: set full')
+    need(not m.moe.E or m.moe.dispatch == 'dropless', 'model.matmul',
+         f'model.moe.dispatch={m.moe.dispatch} has no quantised experts: set dropless, or model.matmul=full')
   if m.moe.E:
     moe = m.moe
     need(moe.F > 0, 'model.moe.F', 'wants the ffn width of an expert')
@@ -273,7 +274,6 @@ def check_weights(m: ModelConfig, sizes: dict) -> None:
   cut = {'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor', 'stage'), 'D': ('fsdp', 'stage', 'expert')}
   cut |= {'moe.F': cut['F'], 'moe.shared': cut['F']} if m.moe.E else {}
   cut |= {'mla.kv': cut['D'], 'mla.q': cut['D']} if m.mla.kv else {}
-  cut |= {'mla.rope': cut['D']} if m.mla.kv and m.bias in ('all', 'not_qkv') else {}  # of a bias of kv + rope
   for key, axes in cut.items():
     value = operator.attrgetter(key)(m)
     size = math.prod(sizes[a] for a in axes)

@@ -188,6 +188,17 @@ def test_a_perfect_chip_takes_the_time_of_its_operations():
   assert (slower.seconds - step.seconds) * 8 * chip.bf16 == pytest.approx(again, rel=1e-6)
 
 
+def test_all_products_of_experts_but_their_weights_gradients_are_quantised():
+  changes = {'model__moe__E': 4, 'model__moe__F': 256, 'model__moe__top_k': 2, 'model__remat': 'full'}
+  jobs = [planned({'fsdp': 8}, **changes, model__matmul=matmul).job for matmul in ('full', 'int8')]
+  full, int8 = (roofline.step(j, roofline.Reached(1., 1., 1., 0., 0.)).products for j in jobs)
+  of_layers, of_head, _ = roofline.flops(jobs[0])
+  gradients = 2 * 2 * 3 * 512 * 256 * 4 * 64 * 512 / 8  # a device's: two experts a token, three weights, four layers
+  peak, faster = jobs[0].pod.chip.bf16, jobs[0].pod.chip.int8 / jobs[0].pod.chip.bf16
+  assert full == pytest.approx((of_layers + of_head) / peak, rel=1e-6)
+  assert int8 == pytest.approx(((of_layers - gradients) / faster + gradients + of_head) / peak, rel=1e-6)
+
+
 def test_the_best_is_what_a_search_by_hand_finds():
   config = configs.from_flat(SMALL)
   found, refused = search.search(config, POD, frozenset())

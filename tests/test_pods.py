@@ -107,6 +107,17 @@ def test_int8_projections_are_multiplied_and_gathered_as_int8():
 
 
 @campaigns.pods
+def test_experts_of_int8_values_are_gathered_and_multiplied_as_such():
+  """All products but those of the weights' gradients, which are of bfloat16."""
+  c = compiled({**MOE, 'mesh.fsdp': 8, 'model.matmul': 'int8'})
+  assert (runs(c, 'gmm_scaled'), runs(c, 'tgmm')) == (9 * SMALL['model.N'], 3 * SMALL['model.N'])
+  assert not [op.name for op in hlo.kernels(c.ops) if re.match(r'gmm(?!_)', op.name)]
+  D, F, E = SMALL['model.D'], MOE['model.moe.F'], MOE['model.moe.E']
+  gathered = re.findall(r' = \(?(\w+)\[([\d,]+)\]\S* all-gather', c.text)
+  assert {dtype for dtype, shape in gathered if shape == f'{E},{D},{F}'} == {'s8'}
+
+
+@campaigns.pods
 def test_stages_hand_on_to_their_neighbours():
   c = compiled({'mesh.fsdp': 4, 'mesh.stage': 2, 'batch': 16, 'model.pipeline.rounds': 2})
   assert any(op.kind == 'collective-permute' and op.times > 1 for op in hlo.collectives(c.ops))

@@ -166,7 +166,7 @@ def test_a_token_is_generated_as_the_whole_text_is_read():
 
 @pytest.mark.parametrize('changes, mend', [
     ({'model.matmul': 'int4'}, 'wants one of full, int8, fp8'),
-    ({'model.matmul': 'int8', 'model.moe.E': 4, 'model.moe.F': 32}, 'experts .* are not quantised: set full'),
+    ({'model.matmul': 'int8', 'model.moe.E': 4, 'model.moe.F': 32, 'model.moe.dispatch': 'capacity'}, 'no quantised experts: set dropless'),
     ({'model.matmul': 'fp8', 'model.kind': 'rnn', 'data.order': 'contiguous'}, 'kind=rnn has no layers with projections'),
 ])
 def test_what_is_not_quantised_is_refused(changes, mend):

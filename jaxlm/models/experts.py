@@ -15,7 +15,7 @@ from jaxlm.models.layers import MLPS
 from jaxlm.remat import tag
 
 
-def _by_stage(f):
+def by_stage(f):
   """f(*arrays) → a tuple of arrays, which a vmap over an axis of the mesh calls on each device, with what is its own."""
   out = jax.custom_batching.custom_vmap(f)
 
@@ -31,24 +31,46 @@ def _by_stage(f):
   return out
 
 
+def axes(cut) -> tuple[str, ...]:
+  """Of the mesh, in a part of a PartitionSpec."""
+  return (cut,) if isinstance(cut, str) else tuple(cut or ())
+
+
 def gathered(w, dims: str, spec):
   """What a device has of a weight, cut as `spec` says → what it uses of it, under shard_map. Its gradient is scattered."""
-  for n, (d, cut) in enumerate(zip(dims, spec)):
-    over = tuple(axis for axis in ((cut,) if isinstance(cut, str) else cut or ()) if axis not in layout.axes(d, 'gathered'))
-    w = _gather(over, n, w) if over else w
-  return w
+  return _gathered(dims, spec, w) if _shared(dims, spec) else w
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather(axes: tuple[str, ...], n: int, w):
-  return _by_stage(lambda w: (jax.lax.all_gather(w, axes, axis=n, tiled=True),))(w)[0]
+def _gathered(dims: str, spec, w):
+  return by_stage(lambda w: (whole(w, dims, spec),))(w)[0]
 
 
-def _scatter(axes, n, _, g):
-  return _by_stage(lambda g: (jax.lax.psum_scatter(g, axes, scatter_dimension=n, tiled=True),))(g)
+def _back(dims, spec, _, g):
+  return by_stage(lambda g: (scattered(g, dims, spec),))(g)
 
 
-_gather.defvjp(lambda axes, n, w: (_gather(axes, n, w), None), _scatter)
+_gathered.defvjp(lambda dims, spec, w: (_gathered(dims, spec, w), None), _back)
+
+
+def whole(w, dims: str, spec):
+  """`gathered`, of what has no gradient."""
+  for n, over in _shared(dims, spec):
+    w = jax.lax.all_gather(w, over, axis=n, tiled=True)
+  return w
+
+
+def scattered(w, dims: str, spec):
+  """The sum over devices of a weight's gradient, cut as `spec` says."""
+  for n, over in _shared(dims, spec):
+    w = jax.lax.psum_scatter(w, over, scatter_dimension=n, tiled=True)
+  return w
+
+
+def _shared(dims: str, spec):
+  """[(dimension, axes of the mesh)] that cut a weight where it rests and not where it is used."""
+  over = [tuple(a for a in axes(cut) if a not in layout.axes(d, 'gathered')) for d, cut in zip(dims, spec)]
+  return [(n, cut) for n, cut in enumerate(over) if cut]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,27 +80,27 @@ def say(mlp: str, rows_TD, sizes_E, gate_EDF, up_EDF, down_EDF):
   return _forward(mlp, rows_TD, sizes_E, gate_EDF, up_EDF, down_EDF)[0]
 
 
-@_by_stage
+@by_stage
 def _dots(rows_TD, sizes_E, gate_EDF, up_EDF):
   return tuple(grouped.product(rows_TD, w_EDF, sizes_E) for w_EDF in (gate_EDF, up_EDF))
 
 
-@_by_stage
+@by_stage
 def _dot(rows_TF, sizes_E, down_EDF):
   return (grouped.product(rows_TF, down_EDF, sizes_E, transposed=True),)
 
 
-@_by_stage
+@by_stage
 def _slopes_in(rows_TD, sizes_E, w_EDF, g_TF):
   return grouped.product(g_TF, w_EDF, sizes_E, transposed=True), grouped.outer(rows_TD, g_TF, sizes_E)
 
 
-@_by_stage
+@by_stage
 def _slopes_out(rows_TF, sizes_E, down_EDF, g_TD):
   return grouped.product(g_TD, down_EDF, sizes_E), grouped.outer(g_TD, rows_TF, sizes_E)
 
 
-def _gated(mlp: str):
+def gated(mlp: str):
   return lambda gate_TF, up_TF: MLPS[mlp](gate_TF) * up_TF
 
 
@@ -86,13 +108,13 @@ def _forward(mlp, rows_TD, sizes_E, gate_EDF, up_EDF, down_EDF):
   rows_TD = tag(rows_TD, 'experts_in')
   gate_TF, up_TF = _dots(rows_TD, sizes_E, gate_EDF, up_EDF)
   gate_TF, up_TF = tag(gate_TF, 'gate'), tag(up_TF, 'up')
-  out_TD, = _dot(_gated(mlp)(gate_TF, up_TF), sizes_E, down_EDF)
+  out_TD, = _dot(gated(mlp)(gate_TF, up_TF), sizes_E, down_EDF)
   return out_TD, (rows_TD, sizes_E, gate_TF, up_TF, gate_EDF, up_EDF, down_EDF)
 
 
 def _backward(mlp, saved, g_TD):
   rows_TD, sizes_E, gate_TF, up_TF, gate_EDF, up_EDF, down_EDF = saved
-  hidden_TF, back = jax.vjp(_gated(mlp), gate_TF, up_TF)
+  hidden_TF, back = jax.vjp(gated(mlp), gate_TF, up_TF)
   d_hidden_TF, d_down_EDF = _slopes_out(hidden_TF, sizes_E, down_EDF, g_TD)
   of_gate_TF, of_up_TF = back(d_hidden_TF)
   rows1_TD, d_gate_EDF = _slopes_in(rows_TD, sizes_E, gate_EDF, of_gate_TF)

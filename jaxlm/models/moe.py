@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlm import layout
-from jaxlm.models import exchange, experts, sorting
+from jaxlm.models import exchange, experts, quantised_experts, sorting
 from jaxlm.models.layers import MLPS, Mlp, contract, normal
 from jaxlm.remat import tag
 from jaxlm.schema import ModelConfig, MoeConfig
@@ -87,15 +87,19 @@ def dropless(cfg: ModelConfig, x_BLD, weights_BLS, experts_BLS, gate_EDF, up_EDF
   they would be summed whole on every device. `down` is turned before it is gathered: joined along their last axis, its pieces would
   have to be copied."""
   weights = (gate_EDF, up_EDF, jnp.swapaxes(down_EFD, 1, 2))
-  specs = [jax.typeof(w).sharding.spec for w in weights]
+  specs = tuple(jax.typeof(w).sharding.spec for w in weights)
 
   def local(x_BLD, weights_BLS, experts_BLS, *cut):
     S, (B, L, D) = experts_BLS.shape[-1], x_BLD.shape
-    whole = [experts.gathered(w_EDF, 'EDF', spec) for w_EDF, spec in zip(cut, specs)]
     order_T = jnp.argsort(experts_BLS.reshape(-1), stable=True)
     sizes_E = jnp.bincount(experts_BLS.reshape(-1), length=cfg.moe.E).astype(jnp.int32)
     rows_TD = sorting.to_experts(x_BLD.reshape(-1, D), order_T, S)
-    say, dropped = lambda rows_TD, sizes_E: experts.say(cfg.mlp, rows_TD, sizes_E, *whole), 0
+    if cfg.matmul == 'full':
+      whole = [experts.gathered(w_EDF, 'EDF', spec) for w_EDF, spec in zip(cut, specs)]
+      say = lambda rows_TD, sizes_E: experts.say(cfg.mlp, rows_TD, sizes_E, *whole)
+    else:
+      say = lambda rows_TD, sizes_E: quantised_experts.say(cfg.mlp, cfg.matmul, specs, rows_TD, sizes_E, *cut)
+    dropped = 0
     if jax.lax.axis_size('expert') > 1:
       out_TD, dropped = exchange.at_experts(say, rows_TD, sizes_E, S, cfg.moe.room)
     else:

@@ -3,7 +3,7 @@ import collections
 import dataclasses
 import re
 
-from jaxlm.kernels import grouped
+from jaxlm.kernels import grouped, grouped_scaled
 from jaxlm.plan import hlo, roofline
 from jaxlm.plan.compile import Compiled
 from jaxlm.plan.job import Job
@@ -50,9 +50,9 @@ def _schedule(j: Job, ops: list[hlo.Op]) -> tuple[float, list[tuple[hlo.Op, floa
   now = free = waits = 0.
   ends, waited = {}, {}
   for op in ops:
-    if op.name in needs:
+    if op.kind in hlo.COLLECTIVES:  # a fusion that has one has its name too
       ends[op.name] = free = max(free, now) + needs[op.name]
-    ended = op.waits_for if op.kind == 'done' else op.name if not op.is_async else ''
+    ended = op.waits_for if op.kind == 'done' else op.name if op.kind in hlo.COLLECTIVES and not op.is_async else ''
     if ended in ends:
       waited[ended] = max(0., ends.pop(ended) - now)
       waits += op.times * waited[ended]
@@ -74,15 +74,18 @@ def _kernels(j: Job, ops: list[hlo.Op]) -> dict[str, float]:
 def _experts(j: Job, ops: list[hlo.Op]) -> dict[str, float]:
   """Of grouped products, by name, were experts even: as other products, or as fast as HBM feeds a kernel's tiles; of each expert but the
   first, a tile is visited twice."""
-  moe, chip = j.config.model.moe, j.pod.chip
+  moe, chip, small = j.config.model.moe, j.pod.chip, j.pod.kind == 'v4'
   rows = j.tokens / (j.config.model.pipeline.pieces or j.mesh['stage']) * moe.top_k
   flops = 2 * rows * j.config.model.D * moe.F / j.shards('F')
-  out, tiles = {}, grouped.SMALL if j.pod.kind == 'v4' else grouped.LARGE
+  tiles, values = grouped.SMALL if small else grouped.LARGE, grouped_scaled.SMALL if small else grouped_scaled.LARGE
+  kinds = {  # name of a kernel: its tile's rows, the two sides that are read for each product, bytes of a value, rate
+      'gmm': (tiles.product[0], (tiles.product[0], tiles.product[2]), 2, chip.bf16), 'tgmm': (tiles.outer[0], tiles.outer[1:], 2, chip.bf16),
+      'gmm_scaled': (values[0], (values[0], values[2]), 1, chip.bf16 * roofline.faster(j))}
+  out = {}
   for op in hlo.kernels(ops):
-    kind = re.match(r't?gmm\b', op.name)
+    kind = re.match(r'gmm_scaled|t?gmm', op.name)
     if kind:
-      high, deep, wide = tiles.product if kind[0] == 'gmm' else tiles.outer
-      a, b = (high, wide) if kind[0] == 'gmm' else (deep, wide)  # products are over what is left, and read both of these
-      rate = min(roofline.REACHED['tpu'].products * chip.bf16, a * b / (a + b) * chip.bandwidth) / chip.devices
+      high, (a, b), item, peak = kinds[kind[0]]
+      rate = min(roofline.REACHED['tpu'].products * peak, 2 / item * a * b / (a + b) * chip.bandwidth) / chip.devices
       out[op.name] = op.times * flops * (1 + (moe.E / j.shards('E') - 1) * high / rows) / rate
   return out

@@ -114,13 +114,28 @@ def attention_share(j: Job, reached: Reached) -> float:
   return reached.attention * min(1., j.config.model.K / j.pod.chip.unit)
 
 
+def faster(j: Job) -> float:
+  """How many times the rate of bfloat16 products those that model.matmul quantises have."""
+  chip = j.pod.chip
+  return {'full': 1., 'int8': chip.int8 / chip.bf16, 'fp8': chip.fp8 / chip.bf16}[j.config.model.matmul]
+
+
+def plain_flops(j: Job) -> float:
+  """Of the layers' matrix products, those that model.matmul does not quantise: the gradients of experts' weights, and on GPUs all that
+  experts multiply."""
+  m = j.config.model
+  tokens = j.config.batch * j.config.length / j.pod.devices
+  of_experts = j.feeds.get('moe', 0) * 3 * m.D * m.moe.F * tokens
+  return 6 * expert_rows(j) * of_experts if j.pod.is_gpu else 2 * m.moe.top_k * of_experts
+
+
 def step(j: Job, reached: Reached | None = None) -> Step:
   chip, m = j.pod.chip, j.config.model
   reached = reached or REACHED['gpu' if j.pod.is_gpu else 'tpu']
   peak, bandwidth = chip.bf16 / chip.devices, chip.bandwidth / chip.devices
   of_layers, of_head, of_attention = flops(j)
-  faster = {'full': 1., 'int8': chip.int8 / chip.bf16, 'fp8': chip.fp8 / chip.bf16}[m.matmul]
-  products = (of_layers / faster + of_head) / peak / reached.products
+  plain = of_layers if m.matmul == 'full' else plain_flops(j)
+  products = (plain + (of_layers - plain) / faster(j) + of_head) / peak / reached.products
   attention = of_attention / peak / attention_share(j, reached)
   work = elementwise(j, reached.passes) / bandwidth
   busy = products + attention + work
