@@ -1,14 +1,14 @@
 """The gate of `make pods`: small steps of every kind, through the compiler of every generation of chip: does the step compile?
 
 Each chip's are compiled in a process of their own, by the JAX of the Python that runs this. What has been compiled is kept in
---workdir, by version of JAX, and not compiled again; the table, docs/gate.md, has all versions that are there.
+--workdir, by version of JAX, and only programs that are not there are compiled; the table, docs/gate.md, has all versions that are there.
 
     python benchmarks/gate.py [--workdir=runs/pods] [--only=CHIP]
 """
 import json
 import time
 
-from running import TINY_POD, TINY_STEP, kept, parse as flags_of, parser
+from running import TINY_POD, TINY_STEP, again, parse as flags_of, parser
 
 CHIPS = {'v4': 'v4:2x2x2', 'v5e': 'v5e:2x4', 'v5p': 'v5p:2x2x2', 'v6e': 'v6e:2x4', 'tpu7x': 'tpu7x:2x2x1', 'h100': 'h100:1x8'}
 SIZES = {'model.D': 256, 'model.H': 4, 'model.G': 4, 'model.K': 128, 'model.F': 512, 'model.N': 4, 'model.V': 1024,
@@ -22,6 +22,8 @@ PROGRAMS = {
     'ring over mesh.context': {'mesh.fsdp': 4, 'mesh.context': 2},
     'pipeline': {'mesh.fsdp': 4, 'mesh.stage': 2, 'model.pipeline.rounds': 2},
     'int8 projections': {'mesh.fsdp': 8, 'model.matmul': 'int8'},
+    'int8 experts over mesh.expert': {**MIXTURE, 'mesh.fsdp': 2, 'mesh.expert': 4, 'model.moe.room': 2., 'model.matmul': 'int8'},
+    'fp8 projections and experts': {**MIXTURE, 'mesh.fsdp': 8, 'model.matmul': 'fp8'},
     'layer inputs and moments offloaded': {'mesh.fsdp': 8, 'model.offload': 'block_in attention', 'optimizer.offload': True},
 }
 SHORT = {'v5e': TINY_POD}, {'decoder': TINY_STEP}
@@ -54,12 +56,23 @@ def compiled(chip: str, topology: str, programs: dict[str, dict]) -> dict:
   return {'jax': jax.__version__, 'chip': chip, 'programs': out}
 
 
+def kept(flags, file, chip: str, programs) -> dict[str, dict]:
+  """What `compiled` says of the programs, from `file`; those that it lacks are compiled and added to it."""
+  have = json.loads(file.read_text(encoding='utf-8'))['programs'] if file.exists() else {}
+  if missing := [name for name in programs if name not in have]:
+    print(f'{file.name}: {", ".join(missing)} …', flush=True)
+    r = json.loads(again(flags, __file__, f'--one={chip}', *(f'--program={name}' for name in missing)).splitlines()[-1])
+    have = r['programs'] = {**have, **r['programs']}
+    file.write_text(json.dumps(r), encoding='utf-8')
+  return have
+
+
 def table(found: dict[str, dict[str, dict]], chips, programs) -> str:
   """found: version of JAX → chip → program → what `compiled` says."""
-  cell = lambda r: r['says'] or f"yes {r['hidden']:.0%}"
+  cell = lambda r: '–' if r is None else r['says'] or f"yes {r['hidden']:.0%}"
   lines = ['| program | ' + ' | '.join(chips) + ' |', '|---' * (len(chips) + 1) + '|']
   for name in programs:
-    cells = [' / '.join(cell(of[chip][name]) if chip in of else '–' for of in found.values()) for chip in chips]
+    cells = [' / '.join(cell(of.get(chip, {}).get(name)) for of in found.values()) for chip in chips]
     lines.append('| ' + ' | '.join([name, *cells]) + ' |')
   return HEAD.format(versions=' / '.join(found)) + '\n'.join(lines) + '\n'
 
@@ -68,17 +81,18 @@ def main() -> None:
   p = parser(__doc__, workdir='runs/pods', out='docs')
   p.add_argument('--only', default='', help='this chip')
   p.add_argument('--one', help='compile for this chip and print what was found')
+  p.add_argument('--program', action='append', help='of --one; may be given again')
   flags = flags_of(p)
   chips, programs = SHORT if flags.short else (CHIPS, PROGRAMS)
   if flags.one:
-    print(json.dumps(compiled(flags.one, chips[flags.one], programs)))
+    print(json.dumps(compiled(flags.one, chips[flags.one], {name: programs[name] for name in flags.program})))
     return
   import jax  # pylint: disable=g-import-not-at-top
   folder = flags.workdir / 'gate'
   (folder / jax.__version__).mkdir(parents=True, exist_ok=True)
   for chip in chips:
     if flags.only in ('', chip):
-      for name, r in kept(flags, folder / jax.__version__ / f'{chip}.json', __file__, f'--one={chip}')['programs'].items():
+      for name, r in kept(flags, folder / jax.__version__ / f'{chip}.json', chip, programs).items():
         print(f'jax {jax.__version__}, {chip}, {name}: {r["says"] or "compiles"} ({r["cpu"]:.0f} s of CPU)', flush=True)
   found = {version.name: {file.stem: json.loads(file.read_text())['programs'] for file in version.glob('*.json')}
            for version in sorted(folder.iterdir())}

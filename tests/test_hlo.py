@@ -99,3 +99,35 @@ def test_what_is_waited_for_is_what_the_schedule_leaves(monkeypatch):
   assert sent == {'all-gather': (2 ** 16, pytest.approx(0.25)), 'all-reduce': (4 * 516, 0.)}
   chip.hertz = 0.  # nothing is known of time: what is asynchronous counts as hidden
   assert costed.seconds(job, compiled) is None and {s.hidden for s in costed.sent(job, compiled)} == {1.}
+
+
+CONTINUED = """HloModule m
+
+%started.1 (p: bf16[8,512]) -> bf16[64,512] {
+  %p = bf16[8,512]{1,0} parameter(0)
+  ROOT %all-gather.9 = bf16[64,512]{1,0} all-gather(%p), dimensions={0}
+}
+
+%all-reduce-scatter.1 (q: f32[32,512]) -> f32[4,512] {
+  %q = f32[32,512]{1,0} parameter(0)
+  %all-reduce.3 = f32[32,512]{1,0} all-reduce(%q), to_apply=%add
+  ROOT %dynamic-slice.3 = f32[4,512]{1,0} dynamic-slice(%all-reduce.3, %n), dynamic_slice_sizes={4,512}
+}
+
+ENTRY %main (a: f32[]) -> f32[] {
+  %async-collective-start.1 = (bf16[8,512]{1,0}, bf16[64,512]{1,0}) fusion(%w), kind=kCustom, calls=%started.1
+  %fusion.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%plain, backend_config={"estimated_cycles":"1000"}
+  %async-collective-done.1 = bf16[64,512]{1,0} fusion(%async-collective-start.1), kind=kCustom, calls=%ended.1
+  %all-reduce-scatter.1 = f32[4,512]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_a_collective_in_a_fusion_is_sent_once(monkeypatch):
+  """The fusion has its name. Of the gather's second, a quarter is hidden; the reduce-scatter waits for its own."""
+  chip = types.SimpleNamespace(link=2 ** 14, links=4, devices=1, hertz=4e3)
+  job, compiled = types.SimpleNamespace(pod=types.SimpleNamespace(chip=chip)), types.SimpleNamespace(ops=hlo.read(CONTINUED))
+  monkeypatch.setattr(costed, '_kernels', lambda j, ops: {})
+  assert costed.seconds(job, compiled)['waits'] == pytest.approx(.75 + 1)
+  assert {s.kind: (s.bytes, s.hidden) for s in costed.sent(job, compiled)} == {
+      'all-gather': (2 ** 16, pytest.approx(.25)), 'reduce-scatter': (2 ** 16, 0.)}
