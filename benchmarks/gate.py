@@ -10,6 +10,9 @@ import time
 
 from running import TINY_POD, TINY_STEP, again, parse as flags_of, parser
 
+from jaxlm import config as configs
+from jaxlm.schema import flatten
+
 CHIPS = {'v4': 'v4:2x2x2', 'v5e': 'v5e:2x4', 'v5p': 'v5p:2x2x2', 'v6e': 'v6e:2x4', 'tpu7x': 'tpu7x:2x2x1', 'h100': 'h100:1x8'}
 SIZES = {'model.D': 256, 'model.H': 4, 'model.G': 4, 'model.K': 128, 'model.F': 512, 'model.N': 4, 'model.V': 1024,
          'model.dtype': 'bfloat16', 'model.remat': 'full', 'batch': 16, 'length': 512, 'loss.chunks': 2, 'loss.over': 'vocabulary'}
@@ -26,7 +29,7 @@ PROGRAMS = {
     'fp8 projections and experts': {**MIXTURE, 'mesh.fsdp': 8, 'model.matmul': 'fp8'},
     'layer inputs and moments offloaded': {'mesh.fsdp': 8, 'model.offload': 'block_in attention', 'optimizer.offload': True},
 }
-SHORT = {'v5e': TINY_POD}, {'decoder': TINY_STEP}
+SHORT = {'v5e': TINY_POD}
 HEAD = """# What compiles where
 
 Made by `make pods` (benchmarks/gate.py): small steps of every kind, through the real compilers of every generation of chip, on a CPU.
@@ -39,7 +42,6 @@ work, or else what JAX or the compiler says.
 def compiled(chip: str, topology: str, programs: dict[str, dict]) -> dict:
   """Program → {'says': '' or why it does not compile, 'hidden': share}, in this process."""
   import jax  # pylint: disable=g-import-not-at-top
-  from jaxlm import config as configs
   from jaxlm.errors import UsageError
   from jaxlm.plan import compile as compiling, costed, search
   from jaxlm.plan.topology import parse
@@ -83,7 +85,10 @@ def main() -> None:
   p.add_argument('--one', help='compile for this chip and print what was found')
   p.add_argument('--program', action='append', help='of --one; may be given again')
   flags = flags_of(p)
-  chips, programs = SHORT if flags.short else (CHIPS, PROGRAMS)
+  chips, programs = CHIPS, PROGRAMS
+  if flags.short:  # all keys of the step that pods.py compiles
+    tiny = configs.load('configs/llama3.py:8b', [(key, str(value)) for key, value in TINY_STEP.items()])
+    chips, programs = SHORT, {'decoder': flatten(tiny)}
   if flags.one:
     print(json.dumps(compiled(flags.one, chips[flags.one], {name: programs[name] for name in flags.program})))
     return

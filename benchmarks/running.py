@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What `jaxlm train` is told in short mode, of whatever model.
 TINY_RUN = ('--config.batch=4', '--config.length=32', '--config.loss.chunks=1', '--config.optimizer.name=adamw', '--config.model.D=32',
             '--config.model.N=1')
-# The step that pods.py, axes.py and scaling.py compile in short mode: the compiler takes seconds for it.
+# Of Llama-3, the step that all scripts that compile for a pod compile in short mode: the compiler takes seconds for it.
 TINY_STEP = {
     'model.D': 128, 'model.H': 1, 'model.G': 1, 'model.K': 128, 'model.F': 128, 'model.N': 1, 'model.V': 256, 'model.remat': 'full',
     'batch': 8, 'length': 128, 'loss.chunks': 1, 'loss.over': 'vocabulary', 'optimizer.lr': 3e-4, 'mesh.data': 2, 'mesh.fsdp': 4}
