@@ -63,7 +63,7 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_string('base', None, 'of an adapter: the name or folder of its base in transformers', flag_values=f)
   if command == 'train':
     cluster.define(f)
-    flags.DEFINE_multi_string('allow_change', [], 'a field of the config in which the checkpoint may differ; data: its tokens too', flag_values=f)
+    flags.DEFINE_multi_string('allow_change', [], 'a field of the config in which the checkpoint may differ; data: its tokens too; tasks: which there are', flag_values=f)
   if command == 'verify':
     flags.DEFINE_bool('arrays', True, 'read all arrays back, besides the checksums of files', flag_values=f)
   if command in ('train', 'data', 'plan'):

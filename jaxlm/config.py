@@ -266,9 +266,9 @@ def summary(config: Config) -> str:
 
 
 def check_fields(names: typing.Sequence[str], config: Config) -> None:
-  """UsageError for a name of --allow_change that is no field of the config, nor `data`."""
+  """UsageError for a name of --allow_change that is no field of the config, nor `data` nor `tasks`."""
   for name in names:
-    if name != 'data' and name not in flatten(config):
+    if name not in ('data', 'tasks') and name not in flatten(config):
       raise UsageError(f'--allow_change={name}: the config has no such field{nearest(name)}')
 
 
@@ -282,11 +282,11 @@ def refuse_other_model(saved: Config, config: Config, allow: tuple[str, ...] = (
 def refuse_change(saved: Config, config: Config, allow: tuple[str, ...] = ()) -> None:
   """UsageError naming the first field in which a checkpoint's config differs, unless the field is free, or one of `allow`."""
   names = [', '.join(t.name for t in c.tasks) or 'none' for c in (saved, config)]
-  if names[0] != names[1]:
+  if names[0] != names[1] and 'tasks' not in allow:
     raise UsageError(f'the checkpoint is of another run: its tasks were {names[0]} and are now {names[1]}; set them so to go '
-                     'on, or another --workdir to start anew')
+                     'on, another --workdir to start anew, or --allow_change=tasks to go on with these')
   old, new = flatten(saved), flatten(config)
-  for key in old:
+  for key in (key for key in old if key in new):  # where keys differ, tasks do
     if old[key] != new[key] and not FREE.match(key) and key not in allow:
       _refuse(key, old[key], new[key], f'--config.{key}={old[key]}')
   old, new = means(saved), means(config)

@@ -1,12 +1,12 @@
 """The training loop: it dispatches step n, prepares batch n + 1, and only then reads what step n − 1 said."""
-import dataclasses
 import hashlib
+import json
 import pathlib
 from typing import Callable, NamedTuple
 
 import jax
 
-from jaxlm import evaluate, goodput, guard, hosts, metrics, replicas
+from jaxlm import config as configs, evaluate, goodput, guard, hosts, metrics, replicas
 from jaxlm.checkpoint import Checkpoints, run_meta
 from jaxlm.data import mixture, pipeline as pipelines
 from jaxlm.errors import Preempted, StorageError
@@ -44,8 +44,8 @@ class Loop:
     self._guard.goes_on(begun.step, begun.meta)
     self._data = begun.meta.get('data', '')  # of all batches until here: two runs with the same one have seen the same
     if begun.meta:  # the data goes on where it was, in examples, whatever the batch
-      self._pipeline = dataclasses.replace(
-          self._pipeline, skipped=begun.meta['examples'] - self._guard.position(begun.step) * self._config.batch)
+      skipped = begun.meta['examples'] - self._guard.position(begun.step) * self._config.batch
+      self._pipeline = self._pipeline.after(configs.from_json(json.dumps(begun.meta['config'])), begun.meta, skipped)
 
   def run(self) -> None:
     config, done, told = self._config, self._saved, False
@@ -129,8 +129,8 @@ class Loop:
       return
     if self._lease:
       self._lease.check()
-    meta = {**run_meta(self._config, self._pipeline.cache, self._examples(step)), 'jumps': self._guard.jumps, 'data': self._data,
-            'guard': guard.to_meta(self._state.get('guard'))}
+    meta = {**run_meta(self._config, self._pipeline.cache, self._examples(step)), **self._pipeline.meta(),
+            'jumps': self._guard.jumps, 'data': self._data, 'guard': guard.to_meta(self._state.get('guard'))}
     state = {name: a for name, a in self._state.items() if name != 'guard'}
     with self._log.paused():
       if self.checkpoints.save(step, state, meta):

@@ -104,6 +104,44 @@ def test_each_block_has_its_quotas_and_each_task_counts_its_own_from_zero(made):
   assert all((a[:3] == b[some[:3]]).all() for a, b in zip(made.tasks_of(some), (tasks, own)))
 
 
+@pytest.mark.parametrize('at', [0, 700, 1000, 2337])
+def test_when_weights_or_tasks_change_each_task_goes_on_with_its_next_example(made, at):
+  """Twice, and then one goes and comes back. Told by counting, whatever the blocks."""
+  both, meta, had = made.config, {}, {'spell': 0, 'text': 0}
+  spell, text = both.tasks
+  reweighted = lambda a, b: dataclasses.replace(both, tasks=(dataclasses.replace(spell, weight=a), dataclasses.replace(text, weight=b)))
+  mix, began = made, 0
+  for config in (reweighted(1., 4.), reweighted(3., 1.), dataclasses.replace(both, tasks=(text,)), reweighted(3., 1.), both):
+    seen, own = mix.tasks_of(np.arange(began, began + at))
+    for k, task in enumerate(mix.config.tasks):
+      assert own[seen == k].tolist() == list(range(had[task.name], had[task.name] + np.sum(seen == k)))
+      had[task.name] += int(np.sum(seen == k))
+    began += at
+    meta = json.loads(json.dumps({**mix.meta(), 'examples': began}))
+    mix = mixture.Mixture(config, made.cache, made.pipelines).after(mix.config, meta, 0)
+    again = mixture.Mixture(config, made.cache, made.pipelines).after(config, json.loads(json.dumps({**mix.meta(), 'examples': began + 7})), 0)
+    assert again.origin == mix.origin  # a stop that changes nothing
+  assert had['text'] > had['spell'] > 0 or not at
+
+
+def test_a_run_whose_weights_change_reads_on(llama, tmp_path):
+  """From end to end: the rows of the steps after are those of after()."""
+  changed = {**llama, 'tasks.spell.weight': 1., 'tasks.text.weight': 4.}
+  seen = []
+  with one_cpu(), pytest.MonkeyPatch.context() as patch:
+    rows = mixture.Mixture.rows
+    patch.setattr(mixture.Mixture, 'rows', lambda self, step, *a: seen.append((step, self)) or rows(self, step, *a))
+    train.train(configs.from_flat({**llama, 'steps': 2}), tmp_path)
+    train.train(configs.from_flat({**changed, 'steps': 3}), tmp_path, ('tasks.spell.weight', 'tasks.text.weight'))
+    train.train(configs.from_flat({**changed, 'steps': 4}), tmp_path)
+  each = {task: [] for task in ('spell', 'text')}
+  for step, mix in sorted({step: mix for step, mix in seen}.items()):
+    tasks, own = mix.tasks_of(mix.skipped + step * mix.config.batch + np.arange(mix.config.batch))
+    for k, task in enumerate(mix.config.tasks):
+      each[task.name] += own[tasks == k].tolist()
+  assert all(own == list(range(len(own))) for own in each.values()) and sum(map(len, each.values())) == 4 * mix.config.batch
+
+
 def test_rows_are_those_of_each_task_alone(made):
   rows = {k: np.concatenate([made.rows(step, 0, 8)[k] for step in range(20)]) for k in mixture.shapes(made.config)}
   for k, task in enumerate(made.config.tasks):

@@ -3,7 +3,8 @@
 Examples of the run come in blocks of Q = 1000, and of each block task k has exactly q_k, its share. Which places are whose is
 an order of its own in each block, chosen by the seed; the n-th example of task k in the run is example n of the run that has
 this task alone. So all of it is a pure function of (manifests, seed, step), as pipeline.py has it: seeking takes constant
-time, and no position but the count of examples is kept.
+time. When the weights change, or the tasks do, blocks begin anew there, and each task goes on with its next example: what
+each had had is kept beside the count of the run's examples (Origin).
 """
 import dataclasses
 import functools
@@ -44,12 +45,44 @@ def _block(number: int, seed: int, sizes: tuple[int, ...]) -> tuple[np.ndarray, 
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+  """Where the first block of these weights begins: after so many examples of the run, and of each task by name, of former tasks too."""
+  examples: int = 0
+  of: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def counts(config: Config, origin: Origin, examples: int) -> dict[str, int]:
+  """How many of each task are among the first `examples` of a run that has had the weights of config since origin."""
+  sizes = tuple(map(int, quotas([task.weight for task in config.tasks])))
+  blocks, places = divmod(examples - origin.examples, Q)
+  had = np.bincount(_block(blocks, config.seed, sizes)[0][:places], minlength=len(sizes)) + blocks * np.array(sizes)
+  return {**origin.of, **{task.name: origin.of.get(task.name, 0) + int(n) for task, n in zip(config.tasks, had)}}
+
+
+def _weights(config: Config):
+  """What blocks are made of."""
+  return config.seed, [(task.name, task.weight) for task in config.tasks]
+
+
+@dataclasses.dataclass(frozen=True)
 class Mixture:
   """The training batches of a run of several tasks: what pipeline.Pipeline is to one."""
   config: Config
   cache: caches.Caches
   pipelines: tuple[pipeline.Pipeline, ...]  # a task each, in order
   skipped: int = 0  # see Pipeline
+  origin: Origin = Origin()
+
+  def after(self, saved: Config, meta: dict, skipped: int) -> 'Mixture':
+    """See Pipeline.after."""
+    origin = Origin(**meta['mixture']) if 'mixture' in meta else Origin()  # of a run that began when only their examples were counted
+    if _weights(saved) != _weights(self.config):
+      origin = Origin(meta['examples'], counts(saved, origin, meta['examples']) if saved.tasks else {})
+    return dataclasses.replace(self, skipped=skipped, origin=origin)
+
+  def meta(self) -> dict:
+    """See Pipeline.meta."""
+    return {'mixture': dataclasses.asdict(self.origin)}
 
   @functools.cached_property
   def quotas(self) -> tuple[int, ...]:
@@ -57,13 +90,14 @@ class Mixture:
 
   def tasks_of(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(task, number among the examples of that task) of examples of the run by number."""
-    blocks, places = np.divmod(numbers, Q)
+    blocks, places = np.divmod(numbers - self.origin.examples, Q)
     tasks, own = np.empty_like(numbers), np.empty_like(numbers)
+    first = np.array([self.origin.of.get(task.name, 0) for task in self.config.tasks])
     for block in np.unique(blocks):
       here = blocks == block
       task_Q, before_Q = _block(int(block), self.config.seed, self.quotas)
       tasks[here] = task_Q[places[here]]
-      own[here] = block * np.array(self.quotas)[tasks[here]] + before_Q[places[here]]
+      own[here] = first[tasks[here]] + block * np.array(self.quotas)[tasks[here]] + before_Q[places[here]]
     return tasks, own
 
   def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:

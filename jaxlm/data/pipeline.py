@@ -49,6 +49,15 @@ class Pipeline:
   cache: packing.Cache
   skipped: int = 0  # examples before those of step 0: of a run that had another batch
 
+  def after(self, saved: Config, meta: dict, skipped: int) -> 'Pipeline':
+    """As it goes on from a checkpoint of that config and meta, of whose examples `skipped` were before step 0."""
+    del saved, meta
+    return dataclasses.replace(self, skipped=skipped)
+
+  def meta(self) -> dict:
+    """What a checkpoint keeps of its place, beside the count of examples."""
+    return {}
+
   @functools.cached_property
   def task(self) -> examples.Task:
     return examples.Task(self.config, self.cache.tokenizer)
