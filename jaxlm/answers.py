@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxlm import evaluate, report, schema, scoring
 from jaxlm.data import examples, forms, packing, pipeline, sources
-from jaxlm.errors import UsageError
+from jaxlm.errors import UsageError, extra
 
 
 def _exact(said: Sequence[str], right: Sequence[str]) -> dict:
@@ -156,5 +156,5 @@ def evaluate_answers(lm, source: str, metrics: Sequence[str] = (), batch: int = 
     try:
       result |= METRICS[metric](said, right)
     except ImportError as e:
-      raise UsageError(f'--metrics={metric}: pip install "jaxlm[metrics]" ({e})') from e
+      raise UsageError(f'--metrics={metric}: {extra("metrics")} ({e})') from e
   return result, [{'name': n, 'question': q, 'said': s, 'right': a} for n, q, s, a in zip(names, questions, said, right)]

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import traceback
 import typing
 
@@ -141,13 +142,27 @@ def load(path: str, overrides: typing.Sequence[tuple[str, str]] = ()) -> Config:
 
 def _read_file(path: str) -> dict:
   """The keys that 'FILE.py' or 'FILE.py:ARGUMENT' states. UsageError, in one line, whatever is wrong with it."""
-  file, argument = _split(path)
+  file, _ = _split(path)
   if not pathlib.Path(file).is_file():
     near = difflib.get_close_matches(pathlib.Path(file).name, [p.name for p in shipped().glob('*.py')], n=2)
     near = [os.path.relpath(shipped() / name) for name in near]
     raise UsageError(f'--config={path}: no such file{"; did you mean " + " or ".join(near) + "?" if near else ""}')
   spec = importlib.util.spec_from_file_location('jaxlm_config_file', file)
   module = importlib.util.module_from_spec(spec)
+  folder, before = str(pathlib.Path(file).absolute().parent), set(sys.modules)
+  sys.path.insert(0, folder)  # as a script may, the file may import what is beside it
+  try:
+    return _stated(path, spec, module)
+  finally:
+    sys.path.remove(folder)
+    for name in set(sys.modules) - before:  # beside a file of another folder, the same name is another module
+      if (getattr(sys.modules[name], '__file__', None) or '').startswith(folder + os.sep):
+        del sys.modules[name]
+
+
+def _stated(path: str, spec, module) -> dict:
+  """The keys that get_config() of a config file returns."""
+  file, argument = _split(path)
   _run(path, spec.loader.exec_module, module)
   get_config = getattr(module, 'get_config', None)
   if not callable(get_config):

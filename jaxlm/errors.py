@@ -11,6 +11,9 @@
 | 13   | storage                                                        |
 | 14   | replicas differ                                                |
 """
+import pathlib
+import shlex
+import sys
 
 
 class JaxlmError(Exception):
@@ -54,3 +57,11 @@ class PeerLost(JaxlmError):
 
 
 BY_CODE = {error.code: error for error in (UsageError, CheckpointError, HangError, StorageError, ReplicaError, Preempted, PeerLost)}
+
+
+def extra(name: str) -> str:
+  """The command that installs an extra of this package, which no index of packages has: from the checkout that this code is of."""
+  root = pathlib.Path(__file__).absolute().parent.parent
+  if not (root / 'pyproject.toml').is_file():
+    return f'install jaxlm again with its extra {name}: pip install \'WHERE IT CAME FROM[{name}]\''
+  return shlex.join([sys.executable, '-m', 'pip', 'install', '--editable', f'{root}[{name}]'])

@@ -19,7 +19,7 @@ import tokenizers
 
 from jaxlm import generate, layout, loss, report, scoring
 from jaxlm.data import pipeline
-from jaxlm.errors import UsageError
+from jaxlm.errors import UsageError, extra
 from jaxlm.models import kinds, output
 from jaxlm.sampling import Sampling
 from jaxlm.schema import ModelConfig
@@ -30,7 +30,7 @@ try:
   from lm_eval.api.model import TemplateLM
   from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 except ImportError as e:
-  raise UsageError(f'--tasks wants the evaluation harness: pip install "jaxlm[harness]" ({e})') from e
+  raise UsageError(f'--tasks wants the evaluation harness: {extra("harness")} ({e})') from e
 
 PIECE = 64        # tokens whose logits are there at a time; rows are PIECE · 2^k long, so that few programs are compiled
 NEW = 256         # tokens that a task which does not say may generate

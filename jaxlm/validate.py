@@ -6,7 +6,7 @@ import math
 import operator
 import re
 
-from jaxlm.errors import UsageError
+from jaxlm.errors import UsageError, extra
 from jaxlm.schema import (GATED, METRICS, WORDS, Config, MeshConfig, ModelConfig, flatten, layer_kinds, lead, of_task, selected,
                           span_lengths)
 from jaxlm.tensors import REMAT, TENSORS, made, weights
@@ -212,7 +212,7 @@ def _model(m, need) -> None:
     need(m.G == m.H, 'model.G', f'latent attention has a key and value a head: set {m.H}')
     need(m.qk_norm == 'none' and m.bias == 'none', 'model.bias', 'latent attention knows neither biases nor qk_norm')
   if m.matmul != 'full':
-    need(importlib.util.find_spec('qwix'), 'model.matmul', "wants Qwix: pip install 'jaxlm[quant]', or set full")
+    need(importlib.util.find_spec('qwix'), 'model.matmul', f'wants Qwix: {extra("quant")}; or set full')
     need(m.kind in ('decoder', 'encoder', 'seq2seq'), 'model.matmul', f'model.kind={m.kind} has no layers with projections: set full')
     need(not m.moe.E or m.moe.dispatch == 'dropless', 'model.matmul',
          f'model.moe.dispatch={m.moe.dispatch} has no quantised experts: set dropless, or model.matmul=full')

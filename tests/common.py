@@ -1,4 +1,8 @@
 """Small configs, meshes and batches that the tests share."""
+import glob
+import pathlib
+import subprocess
+
 import jax
 import numpy as np
 
@@ -24,6 +28,15 @@ NEXT = {'objective.name': 'next', 'objective.source': 24}
 RUNS = {'bert': {'objective.name': 'pairs', 'objective.share': 0.25}, 'transformer': NEXT, 'cho': NEXT, 'bahdanau': NEXT, 'luong': NEXT,
         't5': {'objective.name': 'spans', 'objective.source': 48}, 'lstm': {'data.order': 'contiguous'}}
 MESHES = [(1, 1, 1), (1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)]  # data, fsdp, tensor
+
+
+def shipped(pattern: str = 'configs/**/*.py') -> list[str]:
+  """The config files of the repository: of a checkout those that git knows, so that a user's own beside them is none of its tests'."""
+  found = sorted(glob.glob(pattern, recursive=True))
+  if not pathlib.Path('.git').exists():
+    return found
+  known = subprocess.run(['git', 'ls-files', 'configs'], check=True, capture_output=True, text=True).stdout.split()
+  return [path for path in found if path in known]
 
 
 def mesh_of(*sizes):

@@ -216,6 +216,17 @@ def test_whatever_is_wrong_with_a_config_file_is_one_line(tmp_path, text, argume
   assert str(e.value).startswith(f'--config={tmp_path}/c.py{argument}: ') and says in str(e.value) and '\n' not in str(e.value)
 
 
+def test_a_config_file_imports_what_is_beside_it(tmp_path):
+  """Of each folder its own, though both have one name; and nothing is left on the path."""
+  before = list(sys.path)
+  for name, steps in (('a', 3), ('b', 4)):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'beside.py').write_text(f'STEPS = {steps}')
+    (tmp_path / name / 'c.py').write_text('import beside\ndef get_config():\n  return dict(steps=beside.STEPS)')
+    assert configs.load(f'{tmp_path}/{name}/c.py').steps == steps
+  assert sys.path == before and 'beside' not in sys.modules
+
+
 ANSWERS = ['translation', 'translation:gru', 'classification', 'classification:yes|no|perhaps', 'tagging', 'question_answering',
            'summarisation', 'dialogue', 'dialogue:chatml', 'code', 'code:8']
 

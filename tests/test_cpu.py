@@ -1,4 +1,4 @@
-"""What is said to XLA where there are several CPU devices."""
+"""What XLA and libtpu are told before the first device is used."""
 import os
 import subprocess
 import sys
@@ -6,6 +6,21 @@ import sys
 import pytest
 
 from jaxlm import cpu
+
+
+@pytest.mark.parametrize('env, found, expected', [
+    ({}, {}, 'cpu'), ({'JAX_PLATFORMS': 'tpu'}, {}, 'tpu'), ({'TPU_WORKER_ID': '0'}, {}, None), ({}, {'/dev/accel*': ['/dev/accel0']}, None),
+    ({}, {'/dev/nvidia*': ['/dev/nvidia0']}, None), ({}, {'/sys/bus/pci/devices/*/vendor': ['google']}, None),
+    ({}, {'/sys/bus/pci/devices/*/vendor': ['other']}, 'cpu'), ({'none': 'libtpu'}, {}, None)])
+def test_jax_looks_for_no_accelerator_where_there_is_none(env, found, expected, monkeypatch, tmp_path):
+  """libtpu would write its errors on every command."""
+  (tmp_path / 'google').write_text('0x1ae0\n')
+  (tmp_path / 'other').write_text('0x10de\n')
+  monkeypatch.setattr(os, 'environ', dict(env))
+  monkeypatch.setattr(cpu.glob, 'glob', lambda pattern: [str(tmp_path / name) for name in found.get(pattern, [])])
+  monkeypatch.setattr(cpu.importlib.util, 'find_spec', lambda name: None if 'none' in env else name)
+  cpu.set_flags()
+  assert os.environ.get('JAX_PLATFORMS') == expected
 
 
 @pytest.mark.parametrize('devices, flags, expected', [

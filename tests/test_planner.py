@@ -20,6 +20,7 @@ from jaxlm.plan import command, compile as compiling, cost, legend, memory, publ
 from jaxlm.plan.job import job
 from jaxlm.step import abstract_state
 from jaxlm.validate import check_mesh
+from tests import common
 
 ONE = dict.fromkeys(layout.AXES, 1)
 SMALL = {'model.D': 512, 'model.H': 8, 'model.G': 4, 'model.K': 64, 'model.F': 1024, 'model.N': 4, 'model.V': 2048, 'batch': 64,
@@ -294,7 +295,7 @@ def test_published_rows_are_those_of_any_folder(installed, tmp_path):
         for file in (root / folder).glob(pattern):
           shutil.copy(file, target)
     root = tmp_path / 'site'
-    assert {p.name for p in pathlib.Path('configs').rglob('*.py')} == {p.name for p in (root / 'jaxlm/configs').rglob('*.py')}
+    assert {pathlib.Path(path).name for path in common.shipped()} <= {p.name for p in (root / 'jaxlm/configs').rglob('*.py')}
   code = ('from jaxlm import config; from jaxlm.plan import published\n'
           'for row in published.ROWS[:2]: print(published.as_job(row).config.model.D)\n'
           'print(config.load(f"{config.shipped()}/llama3.py:8b@v5p:4x4x8").mesh.fsdp)')

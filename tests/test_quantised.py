@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm import layout
-from jaxlm.errors import UsageError
+from jaxlm.errors import UsageError, extra
 from jaxlm.models import layers, quantised
 from jaxlm.optimizer import make_optimizer
 from jaxlm.step import init_state, make_step
@@ -196,4 +196,4 @@ def test_qwix_is_loaded_only_where_it_is_asked_for_and_missed_before_jax_is_ther
     assert 'jax' in sys.modules and 'qwix' not in sys.modules
   """
   done = subprocess.run([sys.executable, '-c', script], check=True, capture_output=True, text=True)
-  assert done.stdout == "model.matmul='int8': wants Qwix: pip install 'jaxlm[quant]', or set full\n"
+  assert done.stdout == f"model.matmul='int8': wants Qwix: {extra('quant')}; or set full\n"

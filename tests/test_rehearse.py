@@ -1,6 +1,5 @@
 """A rehearsal keeps what a run wants of its sizes, and says what would go wrong on the pod."""
 import dataclasses
-import glob
 import importlib.util
 import json
 import math
@@ -25,7 +24,7 @@ MESHES = [dict(data=2, fsdp=4, tensor=2), dict(fsdp=64), dict(data=4, fsdp=8, te
 def names() -> list[str]:
   """Every config, with each of its arguments that is in a table; n-grams have no mesh."""
   out = []
-  for path in sorted({*glob.glob('configs/*.py'), *glob.glob('configs/finetune/*.py')} - {'configs/ngram.py'}):
+  for path in sorted(set(common.shipped()) - {'configs/ngram.py'}):
     spec = importlib.util.spec_from_file_location('c', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,5 +1,4 @@
 """Every config file and size: its state for a pod, without allocating any of it, and its published parameter count."""
-import glob
 import importlib.util
 import math
 
@@ -15,12 +14,13 @@ from jaxlm.optimizer import make_optimizer
 from jaxlm.plan import cost
 from jaxlm.plan.shrink import most_tokens
 from jaxlm.step import abstract_state
+from tests import common
 
 
 def sizes() -> list[str]:
   out = []
   own = {'configs/ngram.py', 'configs/ladder.py'}  # one has no size before it is counted, the other many: see below
-  for path in sorted(set(glob.glob('configs/*.py')) - own):
+  for path in sorted(set(common.shipped('configs/*.py')) - own):
     spec = importlib.util.spec_from_file_location('c', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -63,7 +63,7 @@ PUBLISHED_ROWS = {'deepseek_v3': {129_280}, 'gemma3': {262_208}, 'olmo2': {100_3
 def test_no_config_trains_rows_that_only_pad_the_vocabulary():
   """All but the tokens that its tokenizer can have, and that its objective puts in, is beyond model.vocab."""
   seen, published = set(), set()
-  for path in sorted(glob.glob('configs/**/*.py', recursive=True)):
+  for path in common.shipped():
     spec = importlib.util.spec_from_file_location('c', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlm.errors import UsageError
+from jaxlm.errors import UsageError, extra
 
 try:
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 except ImportError as e:
-  raise UsageError(f'--out: a .png wants matplotlib: pip install "jaxlm[look]", or name a .html ({e})') from e
+  raise UsageError(f'--out: a .png wants matplotlib: {extra("look")}; or name a .html ({e})') from e
 
 DPI = 100
 TOKEN, SMALL, CELL, MARGIN = 0.22, 1.6, (0.9, 0.3), 1.2  # inches: a token of one map, one map of many, a cell, labels

@@ -13,7 +13,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from jaxlm.errors import UsageError
+from jaxlm.errors import UsageError, extra
 from jaxlm.look import hidden
 from jaxlm.metrics import console
 
@@ -25,7 +25,7 @@ try:
   from sklearn.pipeline import make_pipeline
   from sklearn.preprocessing import StandardScaler
 except ImportError as e:
-  raise UsageError(f'look probe wants scikit-learn: pip install "jaxlm[look]" ({e})') from e
+  raise UsageError(f'look probe wants scikit-learn: {extra("look")} ({e})') from e
 
 
 def read(path: str, text: str, label: str) -> tuple[list[str], list[str]]:

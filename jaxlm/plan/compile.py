@@ -1,7 +1,7 @@
 """A run's step compiled for a pod that is not here: the real compiler, given the pod's topology, runs on this machine's CPU.
 
 Nothing is allocated and no chip is touched. It wants the compilers: for TPUs the package libtpu, for GPUs XLA's CUDA plugin with
-ptxas and cuDNN (`pip install 'jaxlm[pods]'`).
+ptxas and cuDNN (the extra `pods`).
 """
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlm import layout, xla
-from jaxlm.errors import UsageError
+from jaxlm.errors import UsageError, extra
 from jaxlm.optimizer import make_optimizer
 from jaxlm.plan import gpus, hlo
 from jaxlm.plan.topology import Topology, parse
@@ -50,7 +50,7 @@ def check_installed(pod: Topology) -> None:
   """UsageError if this machine has not the compiler for a pod."""
   module = COMPILERS['gpu' if pod.is_gpu else 'tpu']
   if importlib.util.find_spec(module) is None:
-    raise UsageError(f'--topology={pod.name}: its compiler ({module}) is not installed; pip install \'jaxlm[pods]\'')
+    raise UsageError(f'--topology={pod.name}: its compiler ({module}) is not installed; {extra("pods")}')
 
 
 def devices(pod: Topology):
