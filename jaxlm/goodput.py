@@ -1,10 +1,12 @@
 """Where a run's time went, over all its starts: a clock, the log that it keeps, and what that log says.
 
-    workdir/goodput.jsonl    a line at each start (`begins`: the step it goes on from), save and return to an earlier step, and now and
-                             then between: time, start (the number of it), step, seconds of each kind since that start
+    workdir/goodput.jsonl    a line at each start (`begins`: the step it goes on from), save and return to an earlier step, at an end that
+                             was meant (`ends`: finished, or SIGINT), and now and then between: time, start (the number of it), step,
+                             seconds of each kind since that start
 
 Kinds: import, trace, data, init, compile, restore, step, save, eval, replicas; and what only the log as a whole says: `lost`, data and steps that
-were run again after a crash or a return, and `down`, from the last line of one start to the beginning of the next.
+were run again after a crash or a return, and `down`, from the last line of one start to the beginning of the next. The hours after an
+end that was meant are nobody's loss.
 """
 import json
 import pathlib
@@ -84,7 +86,7 @@ def summary(lines: list[dict]) -> dict[str, float]:
       new = {kind: value - before['seconds'].get(kind, 0.) for kind, value in seconds.items()}
     else:
       new = dict(seconds)
-      if before:  # no clock but the wall's goes on while nothing runs, and that one may be set
+      if before and 'ends' not in before:  # no clock but the wall's goes on while nothing runs, and that one may be set
         total['down'] = total.get('down', 0.) + max(0., line['time'] - sum(seconds.values()) - before['time'])
     for kind, value in new.items():
       total[kind] = total.get(kind, 0.) + value

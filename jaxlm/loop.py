@@ -2,6 +2,7 @@
 import hashlib
 import json
 import pathlib
+import time
 from typing import Callable, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ class Loop:
     self._log, self._signals, self._clock, self._watchdog, self._lease, self._begin = log, signals, clock, watchdog, lease, begin
     self._guard = guard.Guard(config)
     self._goes_on(begun)
-    self._pending = None  # (step, its sums), still on the device
+    self._pending = None  # (step, its sums, still on the device, when they were there, if that is known)
     self._due = False     # a save that waits for updates to be applied again
 
   def _goes_on(self, begun: Begun) -> None:
@@ -55,11 +56,12 @@ class Loop:
       while done < config.steps:
         done += 1
         self._state, sums = self._step_fn(self._state, batch)
+        made = time.monotonic() if sums['loss'].is_ready() else None  # CPUs run a step while it is dispatched
         self._mark('step')
         if done < config.steps:
           batch = self._batch(done)
         self._read()
-        self._pending = (done, sums)
+        self._pending = (done, sums, made)
         if not told:
           jax.block_until_ready(sums)
           self._mark('step')
@@ -87,7 +89,8 @@ class Loop:
           self._mark('eval')
       self.checkpoints.finish()
     self._mark('save')
-    self._clock.write(done)
+    ends = 'finished' if done == config.steps else self._signals.received
+    self._clock.write(done, **({'ends': ends} if ends in ('finished', 'SIGINT') else {}))
     self._saved = max(self.checkpoints.found, default=0)
     if self._signals.received and self._saved < config.steps:
       raise Preempted(f'{self._signals.received}: saved step {self._saved} of {config.steps} in {self._workdir}; '
@@ -111,15 +114,16 @@ class Loop:
     """Logs what the pending step said."""
     if self._pending is None:
       return
-    step, sums = self._pending[0], hosts.fetch(self._pending[1])
-    self._pending = None
+    step, sums, made = self._pending
+    sums, self._pending = hosts.fetch(sums), None
+    made = made or time.monotonic()
     self._data = hashlib.blake2b(self._data.encode() + sums.pop('ids').tobytes(), digest_size=8).hexdigest()
     self._mark('step')
     reason = self._guard.read(step, sums)
     if reason:
       self._log.skip(step, sums, reason)
     else:
-      self._log.add(step, sums, self._data)
+      self._log.add(step, sums, self._data, made)
 
   def _save(self, step: int) -> None:
     """Saves, once no update is being skipped."""

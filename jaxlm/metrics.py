@@ -53,7 +53,8 @@ class Log:
     self._keep_until(start)
     self._file = Lines(self._path, say)
     self._events, self._workdir = None, workdir
-    self._sums, self._since = {}, time.monotonic()
+    self._sums = {}
+    self._since = self._made = time.monotonic()  # when the steps of the next line began, and when the last of them was done
     self._progress = self._task = None
     if console.is_terminal:
       self._progress = Progress(
@@ -69,10 +70,10 @@ class Log:
       fresh.write_text(''.join(l + '\n' for l in lines), encoding='utf-8')
       os.replace(fresh, self._path)
 
-  def add(self, step: int, sums: dict, data: str) -> None:
+  def add(self, step: int, sums: dict, data: str, made: float) -> None:
     """`sums` of step (counted from 1), on the host: sums and counts are added up, norms are the last step's. data: a hash of all
-    batches until here."""
-    self._data = data
+    batches until here. made: when the step was done, by the monotonic clock."""
+    self._data, self._made = data, made
     for name, value in sums.items():
       adds = name in SUMS
       self._sums[name] = (self._sums.get(name, 0.) if adds else 0.) + np.asarray(value, np.float64)
@@ -97,11 +98,12 @@ class Log:
     self._file = Lines(self._path, say)
     if self._events:
       self._events.close()
-    self._events, self._sums, self._since = None, {}, time.monotonic()
+    self._events, self._sums = None, {}
+    self._since = self._made = time.monotonic()
     self.write(step + 1, {'jumped': jump})
 
   def _flush(self, step: int) -> None:
-    sums, seconds = self._sums, time.monotonic() - self._since
+    sums, seconds = self._sums, self._made - self._since
     tokens, c = sums['tokens'], self._config
     speed = sums['steps'] * c.batch * c.length / seconds
     more = {'accuracy': float(sums['right'] / max(tokens, 1))} if 'right' in sums else {}
@@ -120,7 +122,7 @@ class Log:
         'tokens': step * c.batch * c.length, 'tokens_per_second': speed, 'step_seconds': seconds / sums['steps'],
         **({'model_flops_per_second': speed * self._flops} if c.model.kind == 'decoder' else {}), 'grad_norm': float(sums['grad_norm']),
         'param_norm': float(sums['param_norm']), 'learning_rate': float(sums['learning_rate']), 'data': self._data, **more})
-    self._sums, self._since = {}, time.monotonic()
+    self._sums, self._since = {}, self._made
 
   def write(self, step: int, values: dict) -> None:
     """A line of metrics.jsonl, TensorBoard scalars, and the console."""
@@ -132,11 +134,14 @@ class Log:
     if 'loss' in values and self._progress:
       self._progress.update(self._task, completed=step, loss=f'{values["loss"]:.3f}',
                             speed=f'{values["tokens_per_second"]:,.0f}')
-    elif 'loss' in values:
+    if 'loss' in values:
       each = ''.join(f'  {name.removeprefix("loss/")} {value:.4f}' for name, value in values.items() if name.startswith('loss/'))
       left = (self._config.steps - step) * values['step_seconds']
       say(f'step {step:>6}/{self._config.steps}  loss {values["loss"]:.4f}{each}  '
           f'{values["tokens_per_second"]:,.0f} tokens/s  {left:,.0f} s left')
+    if 'heldout_loss' in values:
+      each = ''.join(f'  {name.removeprefix("heldout_loss/")} {value:.4f}' for name, value in values.items() if name.startswith('heldout_loss/'))
+      say(f'step {step:>6}/{self._config.steps}  held-out loss {values["heldout_loss"]:.4f}{each}')
 
   @contextlib.contextmanager
   def paused(self):

@@ -69,6 +69,9 @@ def test_lost_and_down():
   assert goodput.summary(again)['down'] == 6
   assert goodput.summary([dict(l, time=l['time'] - (90 if l['start'] == 2 else 0)) for l in lines])['down'] == 0
   assert goodput.summary([]) == {}
+  for ends, down in (('finished', 0), ('SIGINT', 0), (None, 107 - 7 - 44)):  # what runs again was not waited for, if its end was meant
+    meant = [dict(l, **({'ends': ends} if ends and l is lines[4] else {})) for l in lines]
+    assert goodput.summary(meant).get('down', 0) == down
 
 
 def test_a_crash_and_a_line_cut_short(texts, tmp_path, monkeypatch, capsys):

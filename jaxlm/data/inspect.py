@@ -41,9 +41,8 @@ def stats(config: Config, workdir: pathlib.Path, step: int) -> None:
   each = cache.of if config.tasks else {'': cache}
   for name, part in each.items():
     for split, entry in part.manifest['splits'].items():
-      if entry['tokens']:
-        say(f'{name}{" " if name else ""}{split:<8} {entry["documents"]:,} documents  {entry["bytes"]:,} bytes  '
-            f'{entry["tokens"]:,} tokens  {entry["bytes"] / entry["tokens"]:.3f} bytes a token')
+      ratio = f'{entry["bytes"] / entry["tokens"]:.3f} bytes a token' if entry['tokens'] else f'nothing, of data.heldout={config.data.heldout}'
+      say(f'{name}{" " if name else ""}{split:<8} {entry["documents"]:,} documents  {entry["bytes"]:,} bytes  {entry["tokens"]:,} tokens  {ratio}')
   say(f'windows of {config.length}, {config.steps} steps of {config.batch}: {mixture.make(config, cache).epochs()}; '
       f'hash {cache.hash[:16]}')
 
