@@ -102,7 +102,9 @@ def _text(f, lm) -> dict:
   described, documents = evaluate.source_documents(f.data, lm.config)
   context = f.context if f.context is not None else lm.config.length
   stride = f.stride if f.stride is not None else max(1, context // 2)
-  with report.progress('scoring', sum(len(text.encode()) for _, text in documents)) as tick:
+  size = sum(len(text.encode()) for _, text in documents)
+  report.say(f'scores {described}: {len(documents):,} documents, {size:,} bytes')
+  with report.progress('scoring', size) as tick:
     scored = scoring.score(lm, documents, context, stride, f.batch, tick)
   prefix = lm.config.data.prefix  # is read, and its tokens cost nats, but its bytes are not the text's
   for document in scored:

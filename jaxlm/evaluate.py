@@ -101,6 +101,9 @@ def resolve(source: str, config: Config) -> tuple[str, str]:
   """--data=SOURCE → (source, split). 'heldout' and 'train' are the run's own documents; the run's own source means its
   held-out ones, so that no model is judged on what it was trained on; SOURCE/train and SOURCE/all say so outright."""
   if source in ('heldout', 'train'):
+    if not config.data.source:
+      raise UsageError(f'--data={source}: the config of the run has no data.source, as that of an import has none; say what to score, '
+                       '--data=text:GLOB or another SOURCE')
     return config.data.source, source
   if source.startswith('stdlib/'):
     split = source.partition('/')[2]

@@ -2,6 +2,7 @@
 import contextlib
 import importlib.metadata
 import platform
+import time
 
 from rich import box
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,11 +13,30 @@ from jaxlm.metrics import console, say
 
 @contextlib.contextmanager
 def progress(what: str, total: int):
-  """Yields tick(amount); a bar on a terminal, nothing elsewhere."""
-  with Progress(TextColumn(what), BarColumn(), TimeRemainingColumn(), console=console,
-                disable=not console.is_terminal) as bar:
+  """Yields tick(amount): a bar on a terminal, elsewhere a line now and then."""
+  if not console.is_terminal:
+    yield _Lines(what, total).tick
+    return
+  with Progress(TextColumn(what), BarColumn(), TimeRemainingColumn(), console=console) as bar:
     task = bar.add_task('', total=total)
     yield lambda amount: bar.advance(task, amount)
+
+
+class _Lines:
+  """Progress where no bar can be drawn: a line when EVERY seconds have passed since the last."""
+  EVERY = 10.
+
+  def __init__(self, what: str, total: int):
+    self._what, self._total, self._done, self._began = what, total, 0, time.monotonic()
+    self._said = self._began
+
+  def tick(self, amount: int) -> None:
+    self._done += amount
+    now = time.monotonic()
+    if now - self._said >= self.EVERY and self._done < self._total:
+      self._said = now
+      left = (now - self._began) * (self._total / self._done - 1)
+      say(f'{self._what} {self._done / self._total:.0%}, {left:,.0f} s left')
 
 
 def print_eval(described: str, result: dict) -> None:

@@ -237,7 +237,7 @@ METRICS = {'answer': _TEXTS, 'classify': _TEXTS, 'tag': ('accuracy', 'seqeval'),
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """What to train on. Tokens are written once to `cache`, then memory-mapped."""
-  source: str = 'stdlib'    # stdlib | text:GLOB | jsonl:GLOB | arrayrecord:GLOB | tfds:NAME/SPLIT
+  source: str = ''          # stdlib | text:GLOB | jsonl:GLOB | arrayrecord:GLOB | tfds:NAME/SPLIT; none is asked for when it is read
   heldout: float = 0.05     # share of documents, by hash of their name, never trained on
   tokenizer: str = 'bpe:4096'  # bpe:SIZE (trained on the documents) | bytes | a tokenizer.json | start (start.checkpoint's)
   stop: str = ''            # tokens that end a generated text besides the boundary, by name, with spaces between

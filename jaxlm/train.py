@@ -14,7 +14,7 @@ import jax
 
 from jaxlm import config as configs, count, elastic, goodput, guard, hosts, layout, metrics, report, start, xla
 from jaxlm.checkpoint import Checkpoints
-from jaxlm.data import mixture, pipeline as pipelines
+from jaxlm.data import mixture, pipeline as pipelines, sources
 from jaxlm.errors import StorageError, UsageError
 from jaxlm.lease import Lease
 from jaxlm.loop import Begun, Loop
@@ -52,6 +52,7 @@ def train(config: Config, workdir: pathlib.Path, allow: tuple[str, ...] = ()) ->
   """Trains to config.steps; counts, if model.kind=ngram. allow: fields of the config in which a checkpoint may differ. Raises
   Preempted (saved), UsageError, CheckpointError, StorageError."""
   clock = goodput.Clock()
+  sources.check_stated(config)
   with Signals(hosts.signals()) as signals, contextlib.ExitStack() as held:
     _prepare_workdir(workdir)
     if config.model.kind == 'ngram' and not hosts.alone():
@@ -96,6 +97,8 @@ def _train(config: Config, workdir: pathlib.Path, allow, mesh, clock, signals: S
       sizes = ' × '.join(f'{axis} {n}' for axis, n in mesh.shape.items() if n > 1) or 'one device'
       say(f'{params / 1e6:.1f}M parameters on {sizes}{idle(config, mesh.shape["stage"])}; {pipeline.epochs()}; '
           + (f'goes on from step {begun.step}' if begun.meta else 'starts at step 0'))
+      if repeats := pipeline.repeats():
+        say(f'warning: {repeats}')
       if begun.step >= config.steps:
         say(f'already at step {begun.step}; raise --config.steps to train on')
         return

@@ -136,7 +136,7 @@ def _objective(c: Config, need) -> None:
   m, o = c.model, c.objective
   need(o.name in OBJECTIVES[m.kind], 'objective.name', f'model.kind={m.kind} wants one of {", ".join(OBJECTIVES[m.kind])}')
   from jaxlm.data import sources  # pylint: disable=g-import-not-at-top  # which imports no jax
-  need(not sources.refusal(c.data.source), 'data.source', sources.refusal(c.data.source))
+  need(not c.data.source or not sources.refusal(c.data.source), 'data.source', sources.refusal(c.data.source))
   kind, _, size = c.data.tokenizer.partition(':')
   need(kind != 'bpe' or (size.isdecimal() and int(size) >= 257), 'data.tokenizer',
        'bpe wants a size of at least 257: 256 bytes and a boundary')

@@ -50,7 +50,7 @@ def model(family: str = 'llama', **changes) -> ModelConfig:
 def config(family: str = 'llama', **changes) -> Config:
   """A tiny run; changes by flat key, as {'optimizer.lr': 1e-2}."""
   flat = {**{f'model.{k}': v for k, v in MODELS[family].items()}, **(RUNS[family] if family in RUNS else {})}
-  return configs.from_flat({**flat, 'batch': 8, 'length': 32, 'loss.chunks': 4, 'optimizer.warmup': 2,
+  return configs.from_flat({**flat, 'data.source': 'stdlib', 'batch': 8, 'length': 32, 'loss.chunks': 4, 'optimizer.warmup': 2,
                             'optimizer.lr': 1e-2, 'data.tokenizer': 'bytes', **changes})
 
 

@@ -1,4 +1,5 @@
 """What people see of a run first: its lines and their rates."""
+import dataclasses
 import io
 import json
 
@@ -6,8 +7,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxlm import metrics, train as training
-from jaxlm.data import inspect
+from jaxlm import evaluate, metrics, report, train as training
+from jaxlm.data import inspect, mixture
+from jaxlm.errors import UsageError
 from tests import common
 
 SUMS = {name: np.float64(2.) for name in ('loss', 'nll', 'tokens', 'grad_norm', 'param_norm', 'learning_rate')}
@@ -63,6 +65,38 @@ def test_rates_of_a_run_are_those_of_its_clock(tmp_path, monkeypatch):
   lines = [json.loads(line) for line in (tmp_path / 'run/metrics.jsonl').read_text().splitlines()]
   assert made == sorted(made)
   np.testing.assert_allclose([line['step_seconds'] for line in lines[1:-1]], np.diff(made)[:-1], atol=1e-6)  # the last has a save before it
+
+
+def test_what_a_run_trains_on_is_asked_for_before_anything_is_done(tmp_path):
+  with pytest.raises(UsageError, match='^data.source: the config does not say what to train on; set --config.data.source=text:GLOB'):
+    training.train(common.config(**{'data.source': ''}), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+  with pytest.raises(UsageError, match='^tasks.a.data.source: .* set --config.tasks.a.data.source='):
+    training.train(common.config(**{'tasks.a.weight': 1., 'tasks.b.weight': 1., 'tasks.b.data.source': 'stdlib', 'tasks.a.data.source': ''}), tmp_path)
+  with pytest.raises(UsageError, match='^--data=heldout: the config of the run has no data.source'):
+    evaluate.resolve('heldout', common.config(**{'data.source': ''}))
+
+
+def test_text_that_is_seen_too_often_is_warned_of(tmp_path):
+  """From five epochs on; of a mixture by its tasks."""
+  (tmp_path / 'a.txt').write_text('some text, ' * 400)
+  c = common.config(**{'data.source': f'text:{tmp_path}/*.txt', 'data.heldout': 0., 'data.tokenizer': 'bytes', 'steps': 1})
+  made = mixture.make(c, mixture.prepare(c, tmp_path / 'run'))
+  often = lambda steps: dataclasses.replace(made, config=dataclasses.replace(c, steps=steps)).repeats()
+  an_epoch = made.windows / c.batch
+  assert not often(int(4 * an_epoch)) and often(int(5 * an_epoch)).startswith('each document is seen 5 times')
+
+
+def test_long_work_shows_progress_where_no_bar_can_be_drawn(console, monkeypatch):
+  monkeypatch.setattr(report, 'console', metrics.console)
+  clock = iter((0., 4., 12., 13., 25., 40.))
+  monkeypatch.setattr(report.time, 'monotonic', lambda: next(clock))
+  if metrics.console.is_terminal:
+    return
+  with report.progress('scoring', 100) as tick:
+    for _ in range(5):
+      tick(20)
+  assert console.getvalue().splitlines() == ['scoring 40%, 18 s left', 'scoring 80%, 6 s left']
 
 
 def test_what_nothing_is_held_out_of_has_a_line(tmp_path, capsys, one_device):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from jaxlm.data import caches, examples, packing, pipeline
+from jaxlm.data import caches, examples, packing, pipeline, sources
 from jaxlm.errors import UsageError
 from jaxlm.schema import Config, lead, of_task
 
@@ -119,6 +119,11 @@ class Mixture:
     each = zip(self.config.tasks, self.quotas, self.pipelines)
     return '; '.join(f'{task.name} {100 * q / Q:g}%: {p.epochs(q / Q)}' for task, q, p in each)
 
+  def repeats(self) -> str:
+    """See Pipeline.repeats."""
+    each = zip(self.config.tasks, self.quotas, self.pipelines)
+    return '; '.join(f'task {task.name}: {said}' for task, q, p in each if (said := p.repeats(q / Q)))
+
 
 def shapes(config: Config) -> dict[str, tuple[int, type]]:
   """examples.shapes, of a mixture too."""
@@ -127,6 +132,7 @@ def shapes(config: Config) -> dict[str, tuple[int, type]]:
 
 def prepare(config: Config, workdir: pathlib.Path, say=print) -> packing.Cache | caches.Caches:
   """pipeline.prepare, of a mixture too."""
+  sources.check_stated(config)
   if not config.tasks:
     return pipeline.prepare(config, workdir, say)
   found = caches.prepare(config, pathlib.Path(config.data.cache) if config.data.cache else workdir / 'data', say)

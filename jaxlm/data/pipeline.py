@@ -18,6 +18,9 @@ from jaxlm.data import examples, packing, windows
 from jaxlm.errors import UsageError
 
 
+EPOCHS = 4  # up to which repeated text is worth nearly as much as new (Muennighoff et al. 2023, arXiv:2305.16264)
+
+
 def permute(index: np.ndarray, n: int, key: str) -> np.ndarray:
   """A permutation of range(n) that `key` chooses, at `index` (int64 in [0, n)), with no table.
 
@@ -96,8 +99,17 @@ class Pipeline:
 
   def epochs(self, share: float = 1.) -> str:
     """How long the run's steps last, if `share` of the examples come from here, in words."""
-    examined = share * self.config.steps * self.config.batch
-    return f'{self.windows:,} windows an epoch, {examined / self.windows:.2f} epochs'
+    return f'{self.windows:,} windows an epoch, {self._passes(share):.2f} epochs'
+
+  def _passes(self, share: float) -> float:
+    return share * self.config.steps * self.config.batch / self.windows
+
+  def repeats(self, share: float = 1.) -> str:
+    """A warning, if each document is seen more often than new ones would be worth; else ''."""
+    if self._passes(share) <= EPOCHS:
+      return ''
+    return (f'each document is seen {self._passes(share):,.0f} times; beyond about {EPOCHS} a repetition teaches less and less than new text '
+            f'would (data.source={self.config.data.source})')
 
 
 def sharding(length: int, mesh) -> jax.sharding.NamedSharding:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 from jaxlm.data import forms
 from jaxlm.errors import UsageError
-from jaxlm.schema import DataConfig
+from jaxlm.schema import Config, DataConfig
 
 
 class Missing(UsageError):
@@ -43,6 +43,15 @@ def refusal(source: str) -> str:
     return ('wants one of stdlib, text:GLOB, jsonl:GLOB, arrayrecord:GLOB, tfds:NAME/SPLIT'
             + (f'; did you mean {near[0]}?' if near and kind not in SOURCES else ''))
   return 'wants tfds:NAME/SPLIT, as tfds:lm1b/train' if kind == 'tfds' and not rest.rpartition('/')[0] else ''
+
+
+def check_stated(config: Config) -> None:
+  """UsageError if a run, or a task of it, does not say what it trains on."""
+  for task in config.tasks or (None,):
+    if not (task or config).data.source:
+      key = f'tasks.{task.name}.data.source' if task else 'data.source'
+      raise UsageError(f'{key}: the config does not say what to train on; set --config.{key}=text:GLOB, or jsonl:, arrayrecord:, tfds: or '
+                       'stdlib, the source text of Python itself')
 
 
 def documents(source: str, data: DataConfig, split: str) -> Iterator[tuple[str, str]]:

@@ -21,9 +21,13 @@ def take(config: Config, source: Config, folder: pathlib.Path) -> tuple[Config, 
   def small(data: DataConfig, whole: DataConfig, name: str) -> DataConfig:
     plain = dataclasses.replace(whole, prefix='')
     try:
-      records = [fields for _, *fields in itertools.islice(sources.records(whole.source, plain, 'all'), RECORDS)]
+      found = sources.records(whole.source, plain, 'all') if whole.source else ()
+      records = [fields for _, *fields in itertools.islice(found, RECORDS)]
     except sources.Missing:
       made_up.append(f'{whole.source} is not on this machine, made-up records stand in')
+      records = list(_invented(whole))
+    if not whole.source:
+      made_up.append('the config states no data.source, made-up records stand in')
       records = list(_invented(whole))
     file = folder / f'{name}.jsonl'
     file.write_text(''.join(json.dumps(_record(whole, fields)) + '\n' for fields in records), encoding='utf-8')
