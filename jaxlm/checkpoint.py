@@ -95,9 +95,11 @@ def hold(step: int, tree, recorded: dict) -> None:
 class Checkpoints:
   """The checkpoints of a workdir. Orbax is imported when this is made, not before: it takes its time."""
 
-  def __init__(self, workdir: pathlib.Path, options: CheckpointConfig = CheckpointConfig(), read_only: bool = False, say=print):
+  def __init__(self, workdir: pathlib.Path, options: CheckpointConfig = CheckpointConfig(), read_only: bool = False, say=print,
+               until: int | None = None):
+    """until: the newest step up to here is kept whatever options say."""
     import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
-    self._ocp, self._options, self._read_only, self._say = ocp, options, read_only, say
+    self._ocp, self._options, self._read_only, self._say, self._until = ocp, options, read_only, say, until
     self.workdir, self._folder = workdir, (workdir / 'checkpoints').absolute()
     self._newest = self._folder / NEWEST
     self._good: dict[int, dict] = {}  # step → its seal, where all files are as it says
@@ -229,6 +231,7 @@ class Checkpoints:
     self._good.pop(step, None)
     c = self._options
     kept = {*self.found[-c.keep:], self._restored, *(s for s in self.found if c.keep_every and s % c.keep_every == 0)}
+    kept |= {max((s for s in self.found if self._until is not None and s <= self._until), default=None)}
     old, self.found = [s for s in self.found if s not in kept], [s for s in self.found if s in kept]
     if hosts.lead():
       sync(self._folder)

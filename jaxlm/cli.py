@@ -1,6 +1,6 @@
 """The command line: commands → one function each.
 
-    jaxlm train     --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE …]
+    jaxlm train     --config=FILE[:ARG] --workdir=DIR [--config.KEY=VALUE … --from=DIR --from_step=N]
                     [--coordinator=HOST:PORT --processes=N --process=I]   of several processes (cluster.py)
     jaxlm eval      --workdir=DIR [--data=SOURCE --step=N --context=C --stride=S --batch=B --mesh=D,F,T --json=FILE]
     jaxlm eval      --workdir=DIR [--data=SOURCE --metrics=exact,bleu,… --num_beams --max_length --limit --answers=FILE
@@ -64,6 +64,8 @@ def _flag_values(command: str) -> flags.FlagValues:
   if command == 'train':
     cluster.define(f)
     flags.DEFINE_multi_string('allow_change', [], 'a field of the config in which the checkpoint may differ; data: its tokens too; tasks: which there are', flag_values=f)
+    flags.DEFINE_string('from', None, 'the workdir of a run that a workdir with no checkpoints goes on from', flag_values=f)
+    flags.DEFINE_integer('from_step', None, 'the step of --from (default: its newest)', flag_values=f)
   if command == 'verify':
     flags.DEFINE_bool('arrays', True, 'read all arrays back, besides the checksums of files', flag_values=f)
   if command in ('train', 'data', 'plan'):
@@ -109,8 +111,8 @@ def _parse(command: str, argv: list[str]):
     raise UsageError(f'{command}: {str(e).splitlines()[0]}') from e
   if overrides and command not in ('train', 'data', 'import', 'plan'):
     raise UsageError(f'{command}: --config.{overrides[0][0]} belongs to train; {command} uses the config of the run')
-  if command == 'train' and f.workdir and not f.config and (pathlib.Path(f.workdir) / 'config.json').is_file():
-    f.config = f'{f.workdir}/config.json'  # of an import, or of the run that goes on
+  if command == 'train' and not f.config:  # that of an import, of the run that goes on, or of the one that it branches off
+    f.config = next(filter(None, (configs.of_run(pathlib.Path(folder)) for folder in (f.workdir, f['from'].value) if folder)), None)
   fetches = command == 'data' and positional[:1] == ['fetch']
   all_of_them = ['workdir', 'config', 'prompt', 'out']
   wanted = {'data': ['out'] if fetches else all_of_them[:2], 'look': all_of_them[:1], 'plan': []}.get(command, all_of_them)
@@ -124,12 +126,19 @@ def _train(f, overrides):
   job = cluster.find(f.coordinator, f.processes, f.process)
   config = configs.load(f.config, overrides)
   configs.check_fields(f.allow_change, config)
+  if f.from_step is not None and not f['from'].value:
+    raise UsageError(f'--from_step={f.from_step}: of which run? set --from=DIR too')
+  if f['from'].value and os.path.realpath(f['from'].value) == os.path.realpath(f.workdir):
+    raise UsageError(f'--from={f["from"].value}: is the --workdir itself; a branch wants another')
+  if f['from'].value and config.model.kind == 'ngram':
+    raise UsageError('--from: n-grams are counted anew; leave it out')
   if config.model.kind != 'ngram':  # which runs no XLA, and gives its memory back level by level
     restart_with_kept_memory(approximate_params(config.model))
   with Signals():  # so that a signal while jax is imported is no traceback either
     from jaxlm import hosts, train  # pylint: disable=g-import-not-at-top  # jax is imported once the config is good
     with hosts.joined(job, hosts.Waits(f.heartbeat_seconds, f.join_seconds, f.lead_seconds), f.elastic):
-      train.train(config, pathlib.Path(f.workdir), tuple(f.allow_change))
+      branch = train.Branch(pathlib.Path(f['from'].value), f.from_step) if f['from'].value else None
+      train.train(config, pathlib.Path(f.workdir), tuple(f.allow_change), branch)
 
 
 def _load(f, merge: bool = True):

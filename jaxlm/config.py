@@ -243,10 +243,18 @@ def parsed(overrides: typing.Sequence[tuple[str, str]]) -> dict:
   return {key: _parse(key, text) for key, text in overrides}
 
 
+def of_run(workdir: pathlib.Path) -> str:
+  """The path of a run's config: its config.json, or where only checkpoints are left, what the newest says of itself; '' if there is none."""
+  steps = sorted((int(path.parent.name), path) for path in (workdir / 'checkpoints').glob('*/run.json') if path.parent.name.isdecimal())
+  found = [workdir / 'config.json', *(path for _, path in steps[-1:])]
+  return next((str(path) for path in found if path.is_file()), '')
+
+
 def _read_json(path: str) -> dict:
   try:
-    return flatten(json.loads(pathlib.Path(path).read_text(encoding='utf-8')))
-  except (OSError, ValueError, AttributeError, RecursionError) as e:
+    values = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+    return flatten(values['config'] if pathlib.Path(path).name == 'run.json' else values)  # run.json: of a checkpoint
+  except (OSError, ValueError, AttributeError, KeyError, RecursionError) as e:
     raise UsageError(f'--config={path}: is no config.json of a run ({e})') from e
 
 

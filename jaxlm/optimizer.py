@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.schema import OptimizerConfig
+from jaxlm.schema import Config, OptimizerConfig
 
 # Each: (t, T, config) → the share of lr at step t of T, t from 1, both float32; warmup is applied on top.
 SCHEDULES = {
@@ -28,6 +28,19 @@ def make_schedule(c: OptimizerConfig, steps: int):
     t = jnp.asarray(count + 1, jnp.float32)
     return c.lr * jnp.minimum(1, t / max(c.warmup, 1)) * SCHEDULES[c.schedule](t, float(steps), c)
   return schedule
+
+
+def decay_begins(c: OptimizerConfig, steps: int) -> int:
+  """After how many updates a schedule that is level before it begins to come down; `steps`, if it has no such part."""
+  return int(steps - c.decay * steps) if c.schedule == 'wsd' else steps
+
+
+def risen(saved: Config, config: Config, step: int) -> tuple[float, float] | None:
+  """(learning rate that a checkpoint of `step` updates has come to, the next one by this config), if another number of steps makes it
+  rise. A rate that was to go up all the same, as in a warmup, is not meant."""
+  before, now = (make_schedule(c.optimizer, c.steps) for c in (saved, config))
+  come_to = max(float(before(max(step - 1, 0))), float(before(step)))
+  return (come_to, float(now(step))) if saved.steps != config.steps and float(now(step)) > come_to * 1.001 else None
 
 
 def path_of(path) -> str:

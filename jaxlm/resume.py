@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxlm import config as configs, layout
 from jaxlm.checkpoint import Checkpoints
 from jaxlm.errors import UsageError
+from jaxlm.optimizer import risen
 from jaxlm.schema import Config
 
 
@@ -26,6 +27,11 @@ def resume(checkpoints: Checkpoints, config: Config, cache, abstract, mesh, fres
       params = checkpoints.read_state(step, {'params': layout.named(abstract['params'], mesh)})['params']
       return {'params': params, 'opt': fresh_opt(params), 'step': jnp.int32(0)}, meta
     configs.refuse_change(saved, config, allow)
+    if (rates := risen(saved, config, step)) and 'steps' not in allow:
+      raise UsageError(f'steps was {saved.steps} and is now {config.steps}: the learning rate of checkpoint {step}, {rates[0]:.3g} by '
+                       f'optimizer.schedule={config.optimizer.schedule}, would rise to {rates[1]:.3g}; set --config.steps={saved.steps}, pass '
+                       '--allow_change=steps to go on so, or branch off before it came down: another --workdir with '
+                       f'--from={checkpoints.workdir} --from_step=N')
     if meta['data_hash'] != cache.hash and 'data' not in allow:
       raise UsageError(f'checkpoint {step} was trained on other tokens than the data cache holds '
                        f'(hash {meta["data_hash"][:12]}, now {cache.hash[:12]}); bring its cache back, use another --workdir, or '

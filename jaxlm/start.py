@@ -38,13 +38,19 @@ def tokenizer_of(config: Config, workdir: pathlib.Path) -> Config:
 
 
 def _open(config: Config) -> tuple[checkpoint.Checkpoints, int]:
-  workdir = pathlib.Path(config.start.checkpoint)
+  checkpoints = opened(pathlib.Path(config.start.checkpoint), config.start.step, 'start.checkpoint', 'start.step')
+  return checkpoints, checkpoints.found[-1]
+
+
+def opened(workdir: pathlib.Path, step: int | None, where: str, which: str) -> checkpoint.Checkpoints:
+  """The checkpoints of another run, to be read: this step alone, or all. UsageError, by the names of the two keys, if it has none."""
   checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
   found = checkpoints.found
-  if not found or (config.start.step and config.start.step not in found):
-    raise UsageError(f'start.checkpoint={workdir}: has {f"the steps {found}" if found else "no checkpoints"}; '
-                     f'{"set start.step to one of them" if found else "name a workdir that has"}')
-  return checkpoints, config.start.step or found[-1]
+  if not found or (step and step not in found):
+    raise UsageError(f'{where}={workdir}: has {f"the steps {found}" if found else "no checkpoints"}; '
+                     f'{f"set {which} to one of them" if found else "name a workdir that has"}')
+  checkpoints.found = [step] if step else found
+  return checkpoints
 
 
 def parameters(config: Config, fresh: dict, tokenizer: Tokenizer, mesh, say) -> dict:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import pathlib
+from typing import NamedTuple
 
 import jax
 
@@ -20,7 +21,7 @@ from jaxlm.lease import Lease
 from jaxlm.loop import Begun, Loop
 from jaxlm.metrics import say
 from jaxlm.models import pipeline as pipelined
-from jaxlm.optimizer import make_optimizer
+from jaxlm.optimizer import decay_begins, make_optimizer
 from jaxlm.resume import resume
 from jaxlm.schema import Config
 from jaxlm.signals import Signals
@@ -48,9 +49,15 @@ def _prepare_workdir(workdir: pathlib.Path) -> None:
     raise StorageError(f'--workdir={workdir}: cannot be written ({e.strerror}); choose another') from e
 
 
-def train(config: Config, workdir: pathlib.Path, allow: tuple[str, ...] = ()) -> None:
-  """Trains to config.steps; counts, if model.kind=ngram. allow: fields of the config in which a checkpoint may differ. Raises
-  Preempted (saved), UsageError, CheckpointError, StorageError."""
+class Branch(NamedTuple):
+  """Where a run that has no checkpoint yet branches off."""
+  workdir: pathlib.Path  # of another run
+  step: int | None       # None: its newest good one
+
+
+def train(config: Config, workdir: pathlib.Path, allow: tuple[str, ...] = (), branch: Branch | None = None) -> None:
+  """Trains to config.steps; counts, if model.kind=ngram. allow: fields of the config in which a checkpoint may differ. branch: what a
+  workdir with no checkpoints goes on from, state, data and all. Raises Preempted (saved), UsageError, CheckpointError, StorageError."""
   clock = goodput.Clock()
   sources.check_stated(config)
   with Signals(hosts.signals()) as signals, contextlib.ExitStack() as held:
@@ -67,10 +74,10 @@ def train(config: Config, workdir: pathlib.Path, allow: tuple[str, ...] = ()) ->
     mesh = layout.run_mesh(config)
     elastic.fits(lambda processes: layout.fits(config, processes * jax.local_device_count()))
     with jax.set_mesh(mesh):
-      _train(config, workdir, allow, mesh, clock, signals, lease)
+      _train(config, workdir, allow, branch, mesh, clock, signals, lease)
 
 
-def _train(config: Config, workdir: pathlib.Path, allow, mesh, clock, signals: Signals, lease: Lease | None) -> None:
+def _train(config: Config, workdir: pathlib.Path, allow, branch, mesh, clock, signals: Signals, lease: Lease | None) -> None:
   use_compile_cache(pathlib.Path(config.compile_cache) if config.compile_cache else workdir / 'compile_cache')
   tx, schedule = make_optimizer(config.optimizer, config.steps)
   abstract = abstract_state(config, tx)
@@ -85,7 +92,7 @@ def _train(config: Config, workdir: pathlib.Path, allow, mesh, clock, signals: S
     pipeline = mixture.make(config, cache)
     clock.mark('data')
     with Watchdog(config.watchdog, workdir, hosts.process()) as watchdog:
-      begin = functools.partial(_begin, config, workdir, allow, tx, abstract, mesh, cache)
+      begin = functools.partial(_begin, config, workdir, allow, branch, tx, abstract, mesh, cache)
       begun = begin()
       if hosts.lead():
         (workdir / 'config.json').write_text(configs.to_json(config), encoding='utf-8')
@@ -118,11 +125,16 @@ def _train(config: Config, workdir: pathlib.Path, allow, mesh, clock, signals: S
     report.print_goodput(goodput.summary(goodput.read(workdir / 'goodput.jsonl')))
 
 
-def _begin(config: Config, workdir: pathlib.Path, allow, tx, abstract, mesh, cache) -> Begun:
-  """What the run goes on from: the newest good checkpoint, or a fresh state."""
-  checkpoints = Checkpoints(workdir, config.checkpoint, say=say)
+def _begin(config: Config, workdir: pathlib.Path, allow, branch, tx, abstract, mesh, cache) -> Begun:
+  """What the run goes on from: the newest good checkpoint, its own or that it branches off, or a fresh state."""
+  checkpoints = Checkpoints(workdir, config.checkpoint, say=say, until=decay_begins(config.optimizer, config.steps))
   saved = {name: a for name, a in abstract.items() if name != 'guard'}
-  restored = resume(checkpoints, config, cache, saved, mesh, jax.jit(lambda params: fresh_opt(config, tx, params)), allow)
+  found = lambda where: resume(where, config, cache, saved, mesh, jax.jit(lambda params: fresh_opt(config, tx, params)), allow)
+  restored = found(checkpoints)
+  if branch and not restored:
+    with contextlib.closing(start.opened(branch.workdir, branch.step, '--from', '--from_step')) as theirs:
+      restored = found(theirs)
+    say(f'branches off {branch.workdir} at step {restored[0]}')
   hosts.same('newest good checkpoint', str(restored and restored[0]))
   if not restored:
     state = _fresh_state(config, tx)

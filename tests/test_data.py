@@ -148,7 +148,7 @@ def test_a_cache_of_another_config_is_refused(texts, tmp_path, change):
 def test_a_killed_build_leaves_no_cache_and_the_next_one_succeeds(tmp_path):
   code = ('import pathlib, sys\nfrom jaxlm import schema\nfrom jaxlm.data import packing\n'
           'say = lambda t: print(t, flush=True)\n'
-          f'packing.build(schema.DataConfig(tokenizer="bytes"), pathlib.Path({str(tmp_path)!r}) / "data", say)\n')
+          f'packing.build(schema.DataConfig("stdlib", tokenizer="bytes"), pathlib.Path({str(tmp_path)!r}) / "data", say)\n')
   with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as child:
     while 'train:' not in (line := child.stdout.readline()):  # it is writing
       assert line, 'the build ended by itself'

@@ -64,7 +64,7 @@ def test_a_run_goes_on_from_its_own_checkpoint_and_not_from_the_start(base, text
   start = {'start.checkpoint': str(base), 'data.tokenizer': 'start'}
   train.train(run_config(texts, **start), tmp_path)
   assert 'start: ' in capsys.readouterr().out
-  train.train(run_config(texts, **start, steps=6), tmp_path)
+  train.train(run_config(texts, **start, steps=6), tmp_path, ('steps',))
   said = capsys.readouterr().out
   assert 'goes on from step 4' in said and 'start: ' not in said
 
