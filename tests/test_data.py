@@ -145,6 +145,16 @@ def test_a_cache_of_another_config_is_refused(texts, tmp_path, change):
     make(texts, tmp_path, **change)
 
 
+def test_bpe_is_trained_on_text_without_spaces_in_time_that_grows_as_the_text():
+  """Words are cut for it; the merges are those of the text as pieces of that length, and nothing of it is left in the tokenizer."""
+  rng = np.random.default_rng(0)
+  text = ''.join(np.array(list('acgt'))[rng.integers(0, 4, 400_000)])  # half a minute, in one word
+  found = tokenizer.make('bpe:300', iter([text]))
+  pieces = [text[i:i + tokenizer.LONGEST] for i in range(0, len(text), tokenizer.LONGEST)]
+  assert found.json == tokenizer.make('bpe:300', iter(pieces)).json
+  assert 'FixedLength' not in found.json and found.decode(found.encode(text[:5000])) == text[:5000]
+
+
 def test_a_killed_build_leaves_no_cache_and_the_next_one_succeeds(tmp_path):
   code = ('import pathlib, sys\nfrom jaxlm import schema\nfrom jaxlm.data import packing\n'
           'say = lambda t: print(t, flush=True)\n'
