@@ -317,7 +317,7 @@ def refuse_change(saved: Config, config: Config, allow: tuple[str, ...] = ()) ->
     if key in new and old[key] != new[key] and key not in allow:
       unused = key == 'model.pipeline.pieces' and config.mesh.stage == 1
       mend = f'--config.mesh.stage={saved.mesh.stage}' if unused else f'--config.{key}={old[key]}'
-      _refuse(key, old[key], new[key], mend, ', and losses of this run are means over such pieces of a batch')
+      _refuse(key, old[key], new[key], mend, ', and losses of this run depend on how a batch is cut')
 
 
 def _refuse(key: str, old, new, mend: str, why: str = ''):

@@ -341,9 +341,11 @@ FREE = re.compile(r'(steps|log_every|save_every|eval_every|eval_windows|compile_
 
 def means(c: Config) -> dict[str, int]:
   """The keys of FREE that some runs' objective depends on, where this run's does, and into how many pieces each cuts a batch: router
-  losses of a mixture, and next-sentence prediction, are means over such a piece (objectives.token_loss)."""
+  losses of a mixture, and next-sentence prediction, are means over such a piece (objectives.token_loss); what dropout and a decoder that
+  is not taught everywhere draw is drawn for each."""
   m, routed, o = c.model, c.model.moe.E and (c.model.moe.balance_loss or c.model.moe.z_loss), lead(c).objective
-  out = {'microbatches': c.microbatches} if routed or (o.name == 'pairs' and o.next_sentence) else {}
+  drawn = m.dropout or (m.kind == 'rnn_seq2seq' and (m.rnn.teacher < 1 or m.rnn.sampling))
+  out = {'microbatches': c.microbatches} if routed or drawn or (o.name == 'pairs' and o.next_sentence) else {}
   return out | ({'model.pipeline.pieces': 1 if c.mesh.stage == 1 else m.pipeline.pieces or c.mesh.stage} if routed else {})
 
 

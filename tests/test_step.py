@@ -70,12 +70,26 @@ def test_how_a_batch_is_cut_may_change_just_where_the_objective_does_not_depend_
     losses = [float(jax.jit(loss, static_argnums=0)(c, params, batch)) for c in (a, b)]
   assert FREE.match(key) and (abs(losses[1] / losses[0] - 1) > 1e-6) == other, losses
   if other:
-    with pytest.raises(UsageError, match=f'another run: {key} was .* means over such pieces of a batch; set --config.{key}='):
+    with pytest.raises(UsageError, match=f'another run: {key} was .* depend on how a batch is cut; set --config.{key}='):
       configs.refuse_change(a, b)
   else:
     configs.refuse_change(a, b)
   configs.refuse_change(a, b, (key,))
   configs.refuse_change(b, b)
+
+
+@pytest.mark.parametrize('family, run', [('llama', {'model.dropout': .1}), ('bahdanau', {'model.rnn.teacher': .5})], ids=str)
+def test_what_is_drawn_for_each_microbatch_keeps_their_number(family, run):
+  a, b = common.config(family, **run), common.config(family, **run, microbatches=2)
+  with pytest.raises(UsageError, match='microbatches was 1 and is now 2, and losses of this run depend on how a batch is cut'):
+    configs.refuse_change(a, b)
+  configs.refuse_change(*(common.config(family, microbatches=n) for n in (1, 2)))
+
+
+def test_dropout_in_microbatches_is_another_loss(one_device):
+  """Of the same weights and the same batch."""
+  losses = [float(one_step(common.config(**{'model.dropout': .1, 'microbatches': n}))[1]['nll']) for n in (1, 2)]
+  assert abs(losses[1] / losses[0] - 1) > 1e-6
 
 
 def test_pairs_are_trained_in_microbatches(one_device):
