@@ -161,7 +161,7 @@ class Log:
 class NoLog:
   """A Log of a process that is not the one to write it."""
 
-  def add(self, step: int, sums: dict, data: str) -> None:
+  def add(self, step: int, sums: dict, data: str, made: float) -> None:
     pass
 
   def skip(self, step: int, sums: dict, reason: str) -> None:

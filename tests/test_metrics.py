@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import json
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -105,3 +106,9 @@ def test_what_nothing_is_held_out_of_has_a_line(tmp_path, capsys, one_device):
     (tmp_path / f'{n}.txt').write_text('some text, ' * 40)
   inspect.stats(common.config(**{'data.source': f'text:{tmp_path}/*.txt', 'data.heldout': 0.}), tmp_path / 'run', 0)
   assert 'heldout  0 documents  0 bytes  0 tokens  nothing, of data.heldout=0.0' in capsys.readouterr().out
+
+
+def test_a_process_that_does_not_write_has_a_log_of_the_same_form():
+  for name, method in vars(metrics.NoLog).items():
+    if not name.startswith('_'):
+      assert list(signature(method).parameters) == list(signature(getattr(metrics.Log, name)).parameters)
