@@ -44,11 +44,11 @@ FAMILIES = {
                                 rope_parameters={'rope_type': 'default', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5})),
     'deepseek_v3': ('DeepseekV3Config', dict(
         {k: v for k, v in SIZES.items() if k != 'head_dim'}, **_MOE, n_routed_experts=8, n_shared_experts=2, n_group=4, topk_group=2,
-        q_lora_rank=12, kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8, first_k_dense_replace=1,
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=8, first_k_dense_replace=1,
         num_key_value_heads=4, num_mtp_layers=0, rope_parameters={**_YARN, 'mscale': 1., 'mscale_all_dim': 1.})),
     'deepseek_v3, full queries': ('DeepseekV3Config', dict(
         {k: v for k, v in SIZES.items() if k != 'head_dim'}, **_MOE, n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1,
-        q_lora_rank=None, kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=6, first_k_dense_replace=0,
+        q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=6, first_k_dense_replace=0,
         num_key_value_heads=4, num_mtp_layers=0)),
 }
 

@@ -403,5 +403,5 @@ def test_recommended_meshes_are_the_planners_first(name):
 def test_a_compiler_that_is_not_installed_is_named_before_the_search(monkeypatch):
   monkeypatch.setattr(compiling.importlib.util, 'find_spec', lambda name: None)
   for pod, module in (('h100:1x8', 'jax_cuda12_plugin'), ('v5e:2x4', 'libtpu')):
-    with pytest.raises(UsageError, match=rf"--topology={pod}: its compiler \({module}\) is not installed; pip install 'jaxlm\[pods\]'"):
+    with pytest.raises(UsageError, match=rf"--topology={pod}: its compiler \({module}\) is not installed; .*\[pods\]"):
       cli.run(['plan', '--config=configs/quickstart.py', f'--topology={pod}', '--verify'])
