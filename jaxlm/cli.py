@@ -63,7 +63,8 @@ def _flag_values(command: str) -> flags.FlagValues:
     flags.DEFINE_string('base', None, 'of an adapter: the name or folder of its base in transformers', flag_values=f)
   if command == 'train':
     cluster.define(f)
-    flags.DEFINE_multi_string('allow_change', [], 'a field of the config in which the checkpoint may differ; data: its tokens too; tasks: which there are', flag_values=f)
+    flags.DEFINE_multi_string('allow_change', [], 'a field of the config in which the checkpoint may differ; data: its tokens too; '
+                              'tasks: which there are', flag_values=f)
     flags.DEFINE_string('from', None, 'the workdir of a run that a workdir with no checkpoints goes on from', flag_values=f)
     flags.DEFINE_integer('from_step', None, 'the step of --from (default: its newest)', flag_values=f)
   if command == 'verify':
@@ -128,6 +129,8 @@ def _train(f, overrides):
   configs.check_fields(f.allow_change, config)
   if f.from_step is not None and not f['from'].value:
     raise UsageError(f'--from_step={f.from_step}: of which run? set --from=DIR too')
+  if f.from_step is not None and f.from_step < 1:
+    raise UsageError(f'--from_step={f.from_step}: wants a step that was saved, from 1; leave it out for the newest')
   if f['from'].value and os.path.realpath(f['from'].value) == os.path.realpath(f.workdir):
     raise UsageError(f'--from={f["from"].value}: is the --workdir itself; a branch wants another')
   if f['from'].value and config.model.kind == 'ngram':

@@ -150,13 +150,13 @@ def _read_file(path: str) -> dict:
   spec = importlib.util.spec_from_file_location('jaxlm_config_file', file)
   module = importlib.util.module_from_spec(spec)
   folder, before = str(pathlib.Path(file).absolute().parent), set(sys.modules)
-  sys.path.insert(0, folder)  # as a script may, the file may import what is beside it
+  sys.path.append(folder)  # the file may import what is beside it; last, or a config that is named as a module of Python's would hide it
   try:
     return _stated(path, spec, module)
   finally:
     sys.path.remove(folder)
     for name in set(sys.modules) - before:  # beside a file of another folder, the same name is another module
-      if (getattr(sys.modules[name], '__file__', None) or '').startswith(folder + os.sep):
+      if os.path.dirname(getattr(sys.modules[name], '__file__', None) or '') == folder:
         del sys.modules[name]
 
 

@@ -49,6 +49,11 @@ def axes(letter: str, kind: str = 'act') -> tuple[str, ...]:
   return found if mesh.empty or mesh.shape['context'] > 1 else tuple(a for a in found if a != 'context')
 
 
+def axes_of(cut) -> tuple[str, ...]:
+  """Those in a part of a PartitionSpec."""
+  return () if cut is None else cut if isinstance(cut, tuple) else (cut,)
+
+
 def shards(letter: str, kind: str = 'act', sizes=None) -> int:
   """Into how many pieces the current mesh (or one of these sizes) cuts a letter."""
   sizes = jax.sharding.get_abstract_mesh().shape if sizes is None else sizes

@@ -91,7 +91,7 @@ def test_where_only_checkpoints_are_left_the_newest_says_what_the_config_was(dec
   assert [steps for steps, _ in seen] == [4, 8] and seen[1][1][-1] == training.Branch(tmp_path / 'run', 2)
 
 
-@pytest.mark.parametrize('flags, says', [(['--from_step=2'], '--from_step=2: of which run'), (['--from={workdir}'], 'is the --workdir itself')])
+@pytest.mark.parametrize('flags, says', [(['--from_step=2'], '--from_step=2: of which run'), (['--from=x', '--from_step=0'], '--from_step=0: wants a step that was saved'), (['--from={workdir}'], 'is the --workdir itself')])
 def test_flags_of_a_branch_that_do_not_fit(decayed, flags, says):
   with pytest.raises(UsageError, match=says):
     cli.run(['train', f'--workdir={decayed}', *(flag.format(workdir=decayed) for flag in flags)])

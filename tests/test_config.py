@@ -225,6 +225,9 @@ def test_a_config_file_imports_what_is_beside_it(tmp_path):
     (tmp_path / name / 'c.py').write_text('import beside\ndef get_config():\n  return dict(steps=beside.STEPS)')
     assert configs.load(f'{tmp_path}/{name}/c.py').steps == steps
   assert sys.path == before and 'beside' not in sys.modules
+  (tmp_path / 'code.py').write_text('raise ValueError("not that of Python")')
+  (tmp_path / 'd.py').write_text('import code\ndef get_config():\n  return dict(steps=len(code.__name__))')
+  assert configs.load(f'{tmp_path}/d.py').steps == 4
 
 
 ANSWERS = ['translation', 'translation:gru', 'classification', 'classification:yes|no|perhaps', 'tagging', 'question_answering',

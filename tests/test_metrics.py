@@ -88,12 +88,11 @@ def test_text_that_is_seen_too_often_is_warned_of(tmp_path):
   assert not often(int(4 * an_epoch)) and often(int(5 * an_epoch)).startswith('each document is seen 5 times')
 
 
+@pytest.mark.parametrize('console', [False], indirect=True, ids=['piped'])
 def test_long_work_shows_progress_where_no_bar_can_be_drawn(console, monkeypatch):
   monkeypatch.setattr(report, 'console', metrics.console)
   clock = iter((0., 4., 12., 13., 25., 40.))
   monkeypatch.setattr(report.time, 'monotonic', lambda: next(clock))
-  if metrics.console.is_terminal:
-    return
   with report.progress('scoring', 100) as tick:
     for _ in range(5):
       tick(20)

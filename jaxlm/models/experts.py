@@ -31,11 +31,6 @@ def by_stage(f):
   return out
 
 
-def axes(cut) -> tuple[str, ...]:
-  """Of the mesh, in a part of a PartitionSpec."""
-  return (cut,) if isinstance(cut, str) else tuple(cut or ())
-
-
 def gathered(w, dims: str, spec):
   """What a device has of a weight, cut as `spec` says → what it uses of it, under shard_map. Its gradient is scattered."""
   return _gathered(dims, spec, w) if _shared(dims, spec) else w
@@ -69,7 +64,7 @@ def scattered(w, dims: str, spec):
 
 def _shared(dims: str, spec):
   """[(dimension, axes of the mesh)] that cut a weight where it rests and not where it is used."""
-  over = [tuple(a for a in axes(cut) if a not in layout.axes(d, 'gathered')) for d, cut in zip(dims, spec)]
+  over = [tuple(a for a in layout.axes_of(cut) if a not in layout.axes(d, 'gathered')) for d, cut in zip(dims, spec)]
   return [(n, cut) for n, cut in enumerate(over) if cut]
 
 

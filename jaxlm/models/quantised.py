@@ -104,12 +104,12 @@ def _product(dot, dims: str, a, b, spec, dtype):
   bytes of bfloat16. Where `spec` cuts the result over axes that are summed, they are reduce-scattered."""
   a_dims, b_dims = dims.split(',')
   cuts = zip(a_dims, jax.typeof(jax.tree.leaves(a)[0]).sharding.spec)
-  summed = [axis for d, cut in cuts if d in b_dims for axis in _axes(cut)]
+  summed = [axis for d, cut in cuts if d in b_dims for axis in layout.axes_of(cut)]
 
   def local(a, b):
     y, left = dot(dims, a, b).astype(dtype), list(summed)
     for n, cut in enumerate(spec):
-      if scattered := tuple(axis for axis in _axes(cut) if axis in left):
+      if scattered := tuple(axis for axis in layout.axes_of(cut) if axis in left):
         y = jax.lax.psum_scatter(y, scattered, scatter_dimension=n, tiled=True)
         left = [axis for axis in left if axis not in scattered]
     return jax.lax.psum(y, tuple(left)) if left else y
@@ -122,8 +122,3 @@ def _product(dot, dims: str, a, b, spec, dtype):
     own = lambda arrays: jax.tree.map(lambda v: v[0], arrays)
     return jax.shard_map(lambda a, b: local(own(a), own(b))[None], out_specs=jax.P('stage', *spec))(a, b), True
   return product(a, b)
-
-
-def _axes(cut) -> tuple[str, ...]:
-  """The mesh axes of a part of a PartitionSpec."""
-  return () if cut is None else cut if isinstance(cut, tuple) else (cut,)

@@ -54,7 +54,7 @@ def _product(how: str, dtype, spec, transposed: bool, rows, w_EDF, sizes_E):
   def local(rows, w_EDF, sizes_E):
     summed = 2 if transposed else 1
     rows_q, of_row_T1 = quantise(rows, 1, dtype, layout.axes('F') if transposed else ())
-    w_q, of_column = quantise(w_EDF, summed, FORMATS[how][0], experts.axes(spec[summed]))
+    w_q, of_column = quantise(w_EDF, summed, FORMATS[how][0], layout.axes_of(spec[summed]))
     w_q = experts.whole(w_q, 'EDF', spec)
     of_column = experts.whole(of_column, 'EDF', [None if n == summed else cut for n, cut in enumerate(spec)])
     return (grouped_scaled.product(rows_q, of_row_T1, w_q, of_column, sizes_E, rows.dtype, transposed),)
@@ -68,7 +68,7 @@ def _outer(spec, rows_TD, g_TF, sizes_E):
 
 def quantise(a, axis: int, dtype, cut: tuple[str, ...] = ()):
   """(q, scale), a = q · scale up to rounding, with one float32 scale for all along an axis, which is cut over axes of the mesh: the
-  largest |a| ÷ the largest of dtype."""
+  largest |a| ÷ the largest of dtype. As quantised.py has it of Qwix, whose scales know nothing of other devices under a shard_map."""
   a = a.astype(jnp.float32)
   most = jnp.max(jnp.abs(a), axis, keepdims=True)
   most = jax.lax.pmax(most, cut) if cut else most
